@@ -1,0 +1,73 @@
+"""Rotary position embedding, as a table of positions and its application."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from megatree.functional.op import op
+
+
+def rope_table(
+    positions: Int[Tensor, "..."], dim: int, *, base: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "... c"]:
+    """Return the cosines, then the sines, of the angles by which `rope` turns pairs of elements.
+
+    Pair i turns by position * base^(-2i / dim). Angles are float64 whatever `dtype`: in float32
+    an angle of 1e5 radians is off by 4e-3.
+
+    Args:
+        positions: tokens, [...] ([t] or [b, t]).
+        dim: number of elements that are turned, twice the number of pairs.
+        base: inverse frequency of the slowest pair, about.
+        dtype: dtype of the table.
+
+    Returns:
+        [..., dim].
+
+    Raises:
+        ValueError: `dim` is odd.
+
+    Reference: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
+    """
+    if dim % 2:
+        raise ValueError(f"rope_table: dim is {dim}, pairs of elements are turned. Give an even dim.")
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+    angles = positions.to(torch.float64).unsqueeze(-1) * torch.pow(base, -exponents)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(dtype)
+
+
+def _rope_signature(ranks: Sequence[int]) -> str:
+    middle = " ".join(f"m{i}" for i in range(ranks[0] - 3))
+    table = "t c!" if ranks[1] == 2 else "b t c!"
+    return f"b t {middle} k!, {table} -> b t {middle} k!"
+
+
+@op(_rope_signature, linear=[[0]])
+def rope(x: Float[Tensor, "b t *m k"], table: Float[Tensor, "*bt c"]) -> Float[Tensor, "b t *m k"]:
+    """Turn the pairs (i, i + c/2) of the first c elements of the last dim; leave the rest.
+
+    Args:
+        x: [b, t, ..., k].
+        table: of `rope_table`, [t, c] or [b, t, c], c at most k.
+
+    Returns:
+        [b, t, ..., k], of the dtype of `x`.
+
+    Raises:
+        ValueError: the table turns more elements than there are.
+    """
+    turned = table.shape[-1]
+    if turned > x.shape[-1]:
+        raise ValueError(
+            f"rope: the table turns {turned} elements, the last dim has {x.shape[-1]}. "
+            "Give rope_table a smaller dim."
+        )
+    one = (1,) * (x.dim() - 3)
+    cos, sin = table.reshape(*table.shape[:-1], *one, turned).chunk(2, dim=-1)
+    first, second = x[..., : turned // 2], x[..., turned // 2 : turned]
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if turned < x.shape[-1]:
+        parts.append(x[..., turned:])
+    return torch.cat([part.to(x.dtype) for part in parts], dim=-1)

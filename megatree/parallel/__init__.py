@@ -1,0 +1,1 @@
+"""Layouts, types, transitions and lowering: values only, no process."""

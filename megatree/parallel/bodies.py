@@ -1,0 +1,253 @@
+"""`local_map` in a trace: check the declarations, try the body at local shapes, emit it as one node."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatree.functional.annotate import as_partial, shard
+from megatree.functional.local_map import LocalMap, Out
+from megatree.functional.param import axis_names
+from megatree.parallel.comm import Axes, BodyComm, RankComm
+from megatree.parallel.errors import ShardingError
+from megatree.parallel.sources import user_line
+from megatree.parallel.typed import TypedTensor
+from megatree.parallel.types import I, P, R, S, ShardType, make_type
+
+if TYPE_CHECKING:
+    from megatree.parallel.tracer import Tracer
+
+
+@dataclass(frozen=True)
+class BodyCall:
+    """One collective of a body: kind, mesh axes and the bytes of one rank's operand."""
+
+    kind: str
+    axes: Axes
+    bytes: int
+
+
+def run_body(comm: RankComm, spec: LocalMap, table: dict[str, Axes], *local: Tensor) -> Any:
+    """Graph target: call a body with a comm over its logical axes."""
+    return spec.fn(BodyComm(comm, table), *local)
+
+
+class _Local(Tensor):
+    """A meta tensor that stands for one rank's shard while a body is tried."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (shard, as_partial):
+            raise ShardingError(
+                f"{user_line()}: {func.__name__} inside a local_map body, where values are local "
+                "and it would do nothing. Use comm's collectives, or annotate outside the body."
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@dataclass
+class ShapeComm(RankComm):
+    """A comm that moves nothing: shapes of the results, and a record of the calls."""
+
+    sizes: dict[str, int]
+    coords: dict[str, int]
+    calls: list[BodyCall] = field(default_factory=list)
+    device: torch.device = torch.device("meta")
+
+    def _note(self, kind: str, x: Tensor, axes: Axes) -> None:
+        self.calls.append(BodyCall(kind, axes, x.numel() * x.element_size()))
+
+    def psum(self, x: Tensor, axes: Axes) -> Tensor:
+        self._note("psum", x, axes)
+        return torch.empty_like(x)
+
+    def pmax(self, x: Tensor, axes: Axes) -> Tensor:
+        self._note("pmax", x, axes)
+        return torch.empty_like(x)
+
+    def all_gather(self, x: Tensor, axes: Axes, dim: int) -> Tensor:
+        self._note("all_gather", x, axes)
+        return torch.cat([x] * self.size(axes), dim)
+
+    def psum_scatter(self, x: Tensor, axes: Axes, dim: int) -> Tensor:
+        self._note("psum_scatter", x, axes)
+        return x.chunk(self.size(axes), dim)[0].clone()
+
+    def all_to_all(self, x: Tensor, axes: Axes, split_dim: int, concat_dim: int) -> Tensor:
+        self._note("all_to_all", x, axes)
+        return torch.cat(x.chunk(self.size(axes), split_dim), concat_dim)
+
+    def all_to_all_v(self, x: Tensor, axes: Axes, send: list[int], recv: list[int]) -> Tensor:
+        self._note("all_to_all_v", x, axes)
+        return x.new_empty(sum(recv), *x.shape[1:])
+
+    def ppermute(self, x: Tensor, axes: Axes, shift: int) -> Tensor:
+        self._note("ppermute", x, axes)
+        return torch.empty_like(x)
+
+
+def trace_body(tracer: "Tracer", spec: LocalMap, operands: Sequence[Any]) -> Any:
+    """Type and emit a call of a `local_map` function.
+
+    Raises:
+        ShardingError: an operand is laid out otherwise than declared or is a pending sum, or an
+            output does not say what it is over an axis on which an input varies.
+    """
+    place = f"{user_line()}: local_map {spec.name}"
+    for i, x in enumerate(operands):
+        if not isinstance(x, TypedTensor):
+            raise ShardingError(f"{place}: operand {i} is a plain tensor. Pass it as an input.")
+    touched = _check_operands(tracer, spec, operands, place)
+    converted = [
+        tracer.replicate(x, frozenset(a for a in touched if x.type_.state(a) == I))
+        for x in operands
+    ]
+    names = {
+        name
+        for text in (*spec.in_axes, *(o.axes for o in spec.out_axes))
+        for name in text.split()
+        if name != "_"
+    }
+    names |= {*spec.over, *(a for o in spec.out_axes for a in (*o.partial, *o.replicated))}
+    table = {name: tracer.layout.axes(name) for name in sorted(names)}
+    comm = ShapeComm(tracer.mesh_sizes, dict.fromkeys(tracer.mesh_sizes, 0))
+    locals_ = _try_body(tracer, spec, table, comm, operands, place) if spec.static else None
+    types = [
+        _output_type(tracer, out, i, operands, touched, locals_, place)
+        for i, out in enumerate(spec.out_axes)
+    ]
+    plains = [torch.empty(ty.shape, dtype=ty.dtype, device="meta") for ty in types]
+    result = tracer.emit(
+        run_body,
+        (spec, table, *converted),
+        {},
+        types,
+        plains,
+        op=f"local_map {spec.name}",
+        single=spec.single_output,
+    )
+    node = result.node if spec.single_output else result[0].node.args[0]
+    node.meta["calls"] = tuple(comm.calls)
+    return result
+
+
+def _check_operands(
+    tracer: "Tracer", spec: LocalMap, operands: Sequence[TypedTensor], place: str
+) -> list[str]:
+    """Check the operands against in_axes; return the mesh axes on which an input varies."""
+    for i, (x, axes) in enumerate(zip(operands, spec.in_axes, strict=True)):
+        names = axis_names(axes, place)
+        if len(names) != x.dim():
+            raise ShardingError(
+                f"{place}: operand {i} ({x.type_}) is declared {axes!r}. Give one name per dim."
+            )
+        for name, size in zip(names, x.type_.shape, strict=True):
+            tracer.bind(name, size, place)
+        want = tracer.layout.spec(names, x.type_.shape, place)
+        if want != x.type_.spec:
+            raise ShardingError(
+                f"{place}: operand {i} is {x.type_}, declared {axes!r} = {want}. "
+                f"shard(x, {axes!r}) it first."
+            )
+    over = {a for name in spec.over for a in tracer.layout.axes(name)}
+    touched = []
+    for axis in tracer.mesh_sizes:
+        states = [x.type_.state(axis) for x in operands]
+        if P in states:
+            i = states.index(P)
+            raise ShardingError(
+                f"{place}: operand {i} ({operands[i].type_}) is a pending sum over mesh axis "
+                f"{axis!r}. Insert shard(x, ...) before the body."
+            )
+        if axis in over or S in states or R in states:
+            touched.append(axis)
+    return touched
+
+
+def _try_body(
+    tracer: "Tracer",
+    spec: LocalMap,
+    table: dict[str, Axes],
+    comm: ShapeComm,
+    operands: Sequence[TypedTensor],
+    place: str,
+) -> list[Tensor]:
+    """Run the body once on meta tensors of local shapes, to learn its outputs and collectives."""
+    local = [
+        torch.empty(
+            x.type_.local_shape(tracer.mesh_sizes), dtype=x.type_.dtype, device="meta"
+        ).as_subclass(_Local)
+        for x in operands
+    ]
+    tracer.open = False  # a typed tensor that the body closes over is used outside its trace
+    try:
+        with torch.device("meta"):
+            out = spec.fn(BodyComm(comm, table), *local)
+    except ShardingError:
+        raise
+    except Exception as error:
+        raise ShardingError(
+            f"{place}: the body failed at local shapes {[list(x.shape) for x in local]}: {error}. "
+            "Fix the body, or declare static=False if its shapes depend on data."
+        ) from error
+    finally:
+        tracer.open = True
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    if len(outs) != len(spec.out_axes):
+        raise ShardingError(
+            f"{place}: the body returns {len(outs)} values, out_axes declares "
+            f"{len(spec.out_axes)}. Declare one per output."
+        )
+    return outs
+
+
+def _output_type(
+    tracer: "Tracer",
+    out: Out,
+    number: int,
+    operands: Sequence[TypedTensor],
+    touched: Sequence[str],
+    locals_: list[Tensor] | None,
+    place: str,
+) -> ShardType:
+    names = axis_names(out.axes, place)
+    spec = tuple(tracer.layout.axes(name) for name in names)
+    cuts = [math.prod(tracer.mesh_sizes[a] for a in axes) for axes in spec]
+    dtype = operands[0].type_.dtype
+    if locals_ is not None:
+        local = locals_[number]
+        if local.dim() != len(names):
+            raise ShardingError(
+                f"{place}: output {number} is declared {out.axes!r}, the body returns "
+                f"{list(local.shape)}. Give one name per dim."
+            )
+        shape = tuple(n * c for n, c in zip(local.shape, cuts, strict=True))
+        dtype = local.dtype
+        for name, size in zip(names, shape, strict=True):
+            tracer.bind(name, size, f"{place}, output {number}")
+    else:
+        unknown = [name for name in names if name not in tracer.bound]
+        if unknown:
+            raise ShardingError(
+                f"{place}: output {number} has axes {unknown} of unknown size. With static=False "
+                "name output dims by axes of the operands."
+            )
+        shape = tuple(tracer.bound[name][0] for name in names)
+    kinds: dict[str, str] = {}
+    for state, axes in ((P, out.partial), (R, out.replicated)):
+        kinds.update({a: state for name in axes for a in tracer.layout.axes(name)})
+    used = {a for axes in spec for a in axes}
+    silent = [a for a in touched if a not in used and a not in kinds]
+    if silent:
+        raise ShardingError(
+            f"{place}: output {number} ({out.axes!r}) does not say what it is over mesh axis "
+            f"{silent[0]!r}, on which an input varies. Name the logical axis in the output's dims, "
+            "in Out(partial=...) or in Out(replicated=...)."
+        )
+    grad = out.grad and dtype.is_floating_point and any(x.type_.grad for x in operands)
+    return make_type(shape, dtype, spec, tracer.mesh_sizes, kinds=kinds, grad=grad)

@@ -1,0 +1,139 @@
+"""The one typing rule: what each mesh axis does to a labelled contraction."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatree.functional.signature import Label, Signature
+from megatree.parallel.types import I, P, R, ShardType
+
+
+@dataclass(frozen=True)
+class Inference:
+    """The typing of one op.
+
+    Args:
+        replicate: per operand, the mesh axes over which it goes from I to R.
+        specs: per output, what cuts each dim.
+        kinds: state of the outputs on the mesh axes that cut none of their dims.
+    """
+
+    replicate: tuple[frozenset[str], ...]
+    specs: tuple[tuple[tuple[str, ...], ...], ...]
+    kinds: Mapping[str, str]
+
+
+class Refusal(Exception):
+    """An op that may not be applied to operands of these types."""
+
+    def __init__(self, why: str, fix: str, *, pending: tuple[int, str] | None = None) -> None:
+        super().__init__(why)
+        self.why, self.fix, self.pending = why, fix, pending
+
+
+def infer(
+    sig: Signature, operands: Sequence[ShardType], mesh_axes: Iterable[str]
+) -> Inference:
+    """Type an op from its signature and its operands' types.
+
+    Per mesh axis: if it cuts a label, operands with that label must agree, operands without it go
+    I -> R, and a pending sum over it is refused; the outputs are cut, a pending sum (the label is
+    summed) or the same on all ranks (the op owns the label). If it cuts nothing: all I gives I, any
+    R gives R, and a pending sum passes through linear positions only.
+
+    Args:
+        sig: the op's signature, with as many operands as given.
+        operands: the operands' types.
+        mesh_axes: the mesh axes larger than 1, in mesh order.
+
+    Raises:
+        Refusal: the operands' types do not allow the op.
+    """
+    cuts = _cuts(sig, operands)
+    owner = {axis: label for label, axes in cuts.items() for axis in axes}
+    replicate: list[set[str]] = [set() for _ in operands]
+    kinds: dict[str, str] = {}
+    free = {label for labels in sig.outputs for label in labels}
+    for axis in mesh_axes:
+        states = [ty.state(axis) for ty in operands]
+        label = owner.get(axis)
+        if label is not None:
+            for i, state in enumerate(states):
+                if state == P:
+                    raise Refusal(
+                        f"operand {i} ({operands[i]}) is a pending sum over mesh axis {axis!r}, "
+                        f"which cuts {label!r} of another operand",
+                        "Insert shard(x, ...) where the sum is made",
+                        pending=(i, axis),
+                    )
+                if label in sig.own:
+                    if state == R:
+                        raise Refusal(
+                            f"operand {i} ({operands[i]}) is used differently by the ranks of "
+                            f"{axis!r}, over which this op communicates",
+                            "Insert shard(x, ...) before it",
+                        )
+                elif state == I:
+                    replicate[i].add(axis)
+            if label not in free:
+                kinds[axis] = I if label in sig.own else P
+        elif P in states:
+            pending = frozenset(i for i, state in enumerate(states) if state == P)
+            if pending not in sig.linear:
+                first = min(pending)
+                raise Refusal(
+                    f"operand {first} ({operands[first]}) is a pending sum over mesh axis "
+                    f"{axis!r}, and the op is not linear in it here",
+                    "Insert shard(x, ...) between the two, so that the sum is finished",
+                    pending=(first, axis),
+                )
+            for i, state in enumerate(states):
+                if state == I:
+                    replicate[i].add(axis)
+            kinds[axis] = P
+        elif R in states:
+            for i, state in enumerate(states):
+                if state == I:
+                    replicate[i].add(axis)
+            kinds[axis] = R
+    specs = tuple(
+        tuple(cuts.get(label, ()) if label is not None else () for label in labels)
+        for labels in sig.outputs
+    )
+    return Inference(tuple(map(frozenset, replicate)), specs, kinds)
+
+
+def _cuts(sig: Signature, operands: Sequence[ShardType]) -> dict[str, tuple[str, ...]]:
+    """Return label -> the mesh axes that cut it; operands must agree."""
+    cuts: dict[str, tuple[str, ...]] = {}
+    first: dict[str, int] = {}
+    taken: dict[str, Label] = {}
+    for i, (labels, ty) in enumerate(zip(sig.operands, operands, strict=True)):
+        for dim, (label, axes) in enumerate(zip(labels, ty.spec, strict=True)):
+            if label is None or label in sig.whole:
+                if axes:
+                    raise Refusal(
+                        f"operand {i} ({ty}) is cut on dim {dim} over {axes}, and the op needs that "
+                        "dim whole",
+                        "Insert shard(x, ...) with a whole axis there",
+                    )
+                continue
+            if label in cuts and cuts[label] != axes:
+                raise Refusal(
+                    f"dim {label!r} is cut over {cuts[label] or 'nothing'} in operand {first[label]} "
+                    f"({operands[first[label]]}) and over {axes or 'nothing'} in operand {i} ({ty})",
+                    "Lay both out alike with shard(x, ...) or in rules",
+                )
+            cuts[label] = axes
+            first.setdefault(label, i)
+    for label, axes in cuts.items():
+        for axis in axes:
+            if taken.setdefault(axis, label) != label:
+                raise Refusal(
+                    f"mesh axis {axis!r} cuts two dims of the op, {taken[axis]!r} and {label!r} "
+                    f"({', '.join(map(str, operands))})",
+                    "Map one of the two logical axes to other mesh axes in rules, or shard one "
+                    "operand first",
+                )
+    return cuts
+
+

@@ -1,0 +1,158 @@
+"""How a model is cut over a mesh, as data: rules from logical axes to mesh axes."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatree.functional.param import Array, Box, Param
+from megatree.parallel.errors import ShardingError
+from megatree.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Logical axis -> the mesh axes that cut it, outer to inner; axes without a rule stay whole.
+
+    `Rules(batch="dp", seq_res=("cp", "tp"), ffn="tp")`.
+    """
+
+    table: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __init__(self, **rules: str | tuple[str, ...] | None) -> None:
+        def axes(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+            return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+        object.__setattr__(self, "table", tuple(sorted((k, axes(v)) for k, v in rules.items())))
+
+    def updated(self, **rules: str | tuple[str, ...] | None) -> "Rules":
+        """Return the rules with some replaced or added."""
+        return Rules(**{**dict(self.table), **rules})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} -> {' '.join(axes) or 'whole'}" for name, axes in self.table)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules that cut logical axes over it.
+
+    Args:
+        mesh: the ranks.
+        rules: logical axis -> mesh axes.
+    """
+
+    mesh: Mesh = Mesh()
+    rules: Rules = Rules()
+
+    def __post_init__(self) -> None:
+        for name, axes in self.rules.table:
+            cut = self.axes(name)
+            if len(cut) != len(set(cut)):
+                raise ShardingError(
+                    f"rules: {name!r} -> {axes} uses a mesh axis twice ({' '.join(cut)}). "
+                    "Name each mesh axis once."
+                )
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """Return the atomic mesh axes that cut a logical axis; () for one without a rule."""
+        for known, axes in self.rules.table:
+            if known == name:
+                return tuple(a for axis in axes for a in self.mesh.axes(axis))
+        return ()
+
+    def spec(
+        self, names: tuple[str, ...], shape: tuple[int, ...], place: str
+    ) -> tuple[tuple[str, ...], ...]:
+        """Return the mesh axes that cut each dim of an array.
+
+        Raises:
+            ShardingError: a mesh axis cuts two dims, or a dim does not divide.
+        """
+        spec = tuple(self.axes(name) for name in names)
+        check_spec(spec, names, shape, self.mesh.sizes, place)
+        return spec
+
+    def box(
+        self, leaf: Param | Array, shape: tuple[int, ...], coords: Mapping[str, int], place: str
+    ) -> Box:
+        """Return one rank's box of an array of the given (padded) global shape."""
+        spec = self.spec(leaf.names, shape, place)
+        return spec_box(spec, shape, self.mesh.sizes, coords)
+
+    def check_names(self, used: set[str]) -> None:
+        """Refuse a rule for an axis that nothing in the program is called by."""
+        unknown = sorted({name for name, _ in self.rules.table} - used)
+        if unknown:
+            hints = [difflib.get_close_matches(name, used, 1) for name in unknown]
+            named = ", ".join(
+                f"{name!r}" + (f" (did you mean {hint[0]!r}?)" if hint else "")
+                for name, hint in zip(unknown, hints, strict=True)
+            )
+            raise ShardingError(
+                f"rules: nothing in the program has an axis {named}. "
+                f"Remove the rule or use one of {', '.join(sorted(used))}."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.mesh}; {self.rules}"
+
+
+def check_spec(
+    spec: tuple[tuple[str, ...], ...],
+    names: tuple[str, ...],
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
+    place: str,
+) -> None:
+    """Refuse a spec that uses a mesh axis twice or cuts a dim that does not divide."""
+    owner: dict[str, int] = {}
+    for dim, axes in enumerate(spec):
+        for axis in axes:
+            if axis in owner:
+                raise ShardingError(
+                    f"{place}: mesh axis {axis!r} cuts dim {owner[axis]} ({names[owner[axis]]!r}) and "
+                    f"dim {dim} ({names[dim]!r}). Map one of the two to other mesh axes in rules."
+                )
+            owner[axis] = dim
+        parts = math.prod(sizes[a] for a in axes)
+        if shape[dim] % parts:
+            name, size = names[dim], shape[dim]
+            raise ShardingError(
+                f"{place}: dim {dim} ({name!r}, size {size}) does not divide over mesh "
+                f"{axes} (size {parts}). Pad {name!r} to {-(-size // parts) * parts}, or map it to "
+                "fewer mesh axes in rules."
+            )
+
+
+def spec_box(
+    spec: tuple[tuple[str, ...], ...],
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
+    coords: Mapping[str, int],
+) -> Box:
+    """Return the (start, stop) per dim of the piece at `coords`."""
+    box = []
+    for axes, size in zip(spec, shape, strict=True):
+        index = 0
+        for axis in axes:
+            index = index * sizes[axis] + coords[axis]
+        local = size // math.prod(sizes[a] for a in axes)
+        box.append((index * local, (index + 1) * local))
+    return tuple(box)
+
+
+def local_shape(
+    spec: tuple[tuple[str, ...], ...], shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> tuple[int, ...]:
+    """Return the shape of one rank's piece."""
+    return tuple(
+        n // math.prod(sizes[a] for a in axes) for n, axes in zip(shape, spec, strict=True)
+    )
+
+
+def cut(x: Any, spec: tuple[tuple[str, ...], ...], sizes: Mapping[str, int], coords: Mapping[str, int]) -> Any:
+    """Return one rank's piece of a whole array (a tensor or a numpy array)."""
+    box = spec_box(spec, tuple(x.shape), sizes, coords)
+    return x[tuple(slice(a, b) for a, b in box)]

@@ -1,0 +1,150 @@
+"""`lower`: from a global-view function and a layout to one rank's program."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, fx
+
+from megatree.functional.param import Array, Param, padded_shape
+from megatree.functional.tree import path_name
+from megatree.parallel.errors import ShardingError
+from megatree.parallel.layout import Layout
+from megatree.parallel.program import Program
+from megatree.parallel.tracer import Tracer
+from megatree.parallel.typed import Tracing, TypedTensor
+from megatree.parallel.types import ShardType, make_type
+from megatree.parallel.widen import leaf_needs, widen
+
+Abstract = Param | Array | ShardType
+
+
+@dataclass
+class Traced:
+    """A typed graph before the `widen` pass."""
+
+    name: str
+    graph: fx.Graph
+    layout: Layout
+    in_tree: optree.PyTreeSpec
+    out_tree: optree.PyTreeSpec
+    out_types: tuple[ShardType, ...]
+    axis_names: frozenset[str]
+
+    @property
+    def needs(self) -> dict[str, frozenset[str]]:
+        """Leaf path -> the mesh axes over which its uses in this program differ by rank."""
+        return leaf_needs(self.graph)
+
+    def finish(self, sync: Mapping[str, frozenset[str]] | None = None) -> Program:
+        """Run `widen` and return the program; `sync` adds axes that other uses of a leaf need."""
+        needs = {
+            path: axes | (sync or {}).get(path, frozenset()) for path, axes in self.needs.items()
+        }
+        synced = widen(self.graph, self.layout.mesh.sizes, needs)
+        self.graph.lint()
+        types = {
+            n.meta["path"]: n.meta["type"] for n in self.graph.nodes if n.op == "placeholder"
+        }
+        return Program(
+            name=self.name,
+            graph=self.graph,
+            layout=self.layout,
+            types=types,
+            in_tree=self.in_tree,
+            out_tree=self.out_tree,
+            out_types=self.out_types,
+            sync=synced,
+            axis_names=self.axis_names,
+        )
+
+
+def lower(
+    fn: Callable[..., Any],
+    layout: Layout,
+    *abstract: Any,
+    sizes: Mapping[str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Program:
+    """Trace a global-view function once and lower it to the program that every rank runs.
+
+    Args:
+        fn: a pure function of trees of tensors.
+        layout: mesh and rules.
+        abstract: per argument, a tree of Param (leaves to learn), Array or ShardType.
+        sizes: axis name -> global size, for declarations without a shape.
+        dtype: dtype of Params that name none.
+
+    Returns:
+        A Program: call it with a comm and local tensors, print it, or bind it.
+
+    Raises:
+        ShardingError: the function or the layout cannot be typed; the message names the line, the
+            types and the smallest fix.
+
+    Reference: DESIGN sections 2 and 3.
+    """
+    return trace(fn, layout, *abstract, sizes=sizes, dtype=dtype).finish()
+
+
+def trace(
+    fn: Callable[..., Any],
+    layout: Layout,
+    *abstract: Any,
+    sizes: Mapping[str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    tracer: Tracer | None = None,
+) -> Traced:
+    """Trace and type a function; see `lower`."""
+    tracer = tracer or Tracer(layout)
+    paths, leaves, in_tree = optree.tree_flatten_with_path(abstract)
+    inputs = []
+    for path, leaf in zip(paths, leaves, strict=True):
+        name = path_name(path[1:]) or f"arg{path[0]}"
+        inputs.append(add_input(tracer, name, leaf, sizes or {}, dtype))
+    with Tracing(tracer):
+        out = fn(*optree.tree_unflatten(in_tree, inputs))
+        flat, out_tree = optree.tree_flatten(out)
+        flat = [tracer.finish(_check_output(fn, x)) for x in flat]
+    tracer.open = False
+    tracer.graph.output(tuple(x.node for x in flat))
+    return Traced(
+        name=getattr(fn, "__name__", "program"),
+        graph=tracer.graph,
+        layout=layout,
+        in_tree=in_tree,
+        out_tree=out_tree,
+        out_types=tuple(x.type_ for x in flat),
+        axis_names=frozenset(tracer.bound),
+    )
+
+
+def add_input(
+    tracer: Tracer, name: str, leaf: Abstract, sizes: Mapping[str, int], dtype: torch.dtype
+) -> TypedTensor:
+    """Add the placeholder of one declared input."""
+    if isinstance(leaf, ShardType):
+        return tracer.placeholder(name, leaf, None, leaf=False)
+    if not isinstance(leaf, Param | Array):
+        raise ShardingError(
+            f"{name}: {type(leaf).__name__} is no declaration. Give a Param, an Array or a ShardType."
+        )
+    shape = padded_shape(leaf, sizes, name)
+    spec = tracer.layout.spec(leaf.names, shape, name)
+    leaf_dtype = leaf.dtype or dtype
+    learned = isinstance(leaf, Param) and leaf_dtype.is_floating_point
+    grad = learned or (isinstance(leaf, Array) and leaf.grad)
+    ty = make_type(shape, leaf_dtype, spec, tracer.mesh_sizes, grad=grad)
+    return tracer.placeholder(name, ty, leaf.names, leaf=learned)
+
+
+def _check_output(fn: Callable[..., Any], x: Any) -> TypedTensor:
+    if isinstance(x, TypedTensor):
+        return x
+    kind = f"a plain tensor {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+    raise ShardingError(
+        f"{getattr(fn, '__name__', 'program')}: returns {kind}, which does not follow from its "
+        "inputs. Return values computed from the arguments."
+    )

@@ -1,0 +1,160 @@
+"""`rulecheck`: try every placement of an op's operands; what the rule allows must be exact."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from megatree.parallel.assemble import points
+from megatree.parallel.engine import Refusal
+from megatree.parallel.errors import ShardingError
+from megatree.parallel.layout import Layout, cut
+from megatree.parallel.lower import trace
+from megatree.parallel.mesh import Mesh
+from megatree.parallel.simulate import Simulated, run_simulated
+from megatree.parallel.threads import SimulationError
+from megatree.parallel.types import I, P, R, ShardType, make_type
+
+
+@dataclass(frozen=True)
+class RuleCheck:
+    """What `rulecheck` tried.
+
+    Args:
+        legal: placements that the rule allows, each found exact.
+        refused: placements that the rule refuses.
+    """
+
+    legal: tuple[tuple[ShardType, ...], ...]
+    refused: tuple[tuple[ShardType, ...], ...]
+
+
+def rulecheck(
+    fn: Callable[..., Any],
+    *operands: Tensor,
+    mesh: Mapping[str, int] | None = None,
+    grad: bool = True,
+    rtol: float = 1e-10,
+    seed: int = 0,
+) -> RuleCheck:
+    """Check an op's sharding rule numerically: values and all gradients against one device.
+
+    Every operand takes every state on every mesh axis (cut on each dim that divides, invariant,
+    replicated, a random pending sum). A placement that is refused is fine; one that is allowed must
+    give the same values and gradients as whole tensors do.
+
+    Args:
+        fn: the op, a function of the operands (bind static options with a lambda).
+        operands: whole tensors; floating ones should be float64.
+        mesh: mesh axis -> size; None: one axis of 2.
+        grad: whether floating operands take gradients.
+        rtol: allowed relative L2 error.
+        seed: of cotangents and pending terms.
+
+    Returns:
+        The placements tried.
+
+    Raises:
+        SimulationError: an allowed placement gives other values or gradients than one device; the
+            message names the placement.
+    """
+    sizes = dict(mesh or {"a": 2})
+    layout = Layout(Mesh(**sizes))
+    generator = torch.Generator().manual_seed(seed)
+    reference = [
+        x.detach().clone().requires_grad_(grad and x.is_floating_point()) for x in operands
+    ]
+    out = optree.tree_leaves(tuple_of(fn(*reference)))
+    cotangents = [
+        torch.randn(y.shape, dtype=y.dtype, generator=generator) if y.is_floating_point() else None
+        for y in out
+    ]
+    flowing = [(y, g) for y, g in zip(out, cotangents, strict=True) if y.requires_grad]
+    if flowing:
+        torch.autograd.backward([y for y, _ in flowing], [g for _, g in flowing])
+    legal, refused = [], []
+    for placement in itertools.product(*(placements(x, sizes, grad) for x in operands)):
+        try:
+            traced = trace(lambda *xs: tuple_of(fn(*xs)), layout, *placement)
+        except (ShardingError, Refusal):
+            refused.append(placement)
+            continue
+        legal.append(placement)
+        values = [spread(x, ty, sizes, generator) for x, ty in zip(operands, placement, strict=True)]
+        got = run_simulated(traced.finish(), values, cotangents, rtol=rtol)
+        _compare(placement, got, out, [x.grad for x in reference], rtol)
+    if not legal:
+        raise SimulationError(f"rulecheck: the rule allows none of {len(refused)} placements.")
+    return RuleCheck(tuple(legal), tuple(refused))
+
+
+def tuple_of(out: Any) -> tuple[Any, ...]:
+    """Return a result as a tuple."""
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def placements(x: Tensor, sizes: Mapping[str, int], grad: bool) -> list[ShardType]:
+    """Return every type of a value on a mesh, axes on one dim in mesh order."""
+    grad = grad and x.is_floating_point()
+    states = [*range(x.dim()), I, *([P] if x.is_floating_point() else []), *([R] if grad else [])]
+    out = []
+    for choice in itertools.product(states, repeat=len(sizes)):
+        spec: list[tuple[str, ...]] = [() for _ in range(x.dim())]
+        for axis, state in zip(sizes, choice, strict=True):
+            if isinstance(state, int):
+                spec[state] = (*spec[state], axis)
+        kinds = {a: s for a, s in zip(sizes, choice, strict=True) if isinstance(s, str)}
+        ty = make_type(tuple(x.shape), x.dtype, tuple(spec), sizes, kinds=kinds, grad=grad)
+        cuts = zip(ty.shape, ty.local_shape(sizes), spec, strict=True)
+        if all(n == k * _product(sizes, axes) for n, k, axes in cuts):
+            out.append(ty)
+    return out
+
+
+def _product(sizes: Mapping[str, int], axes: tuple[str, ...]) -> int:
+    n = 1
+    for axis in axes:
+        n *= sizes[axis]
+    return n
+
+
+def spread(
+    x: Tensor, ty: ShardType, sizes: Mapping[str, int], generator: torch.Generator
+) -> list[Tensor]:
+    """Return every rank's local tensor: slices, copies, random terms of pending sums."""
+    ranks = points(sizes)
+    out = [cut(x, ty.spec, sizes, at).clone() for at in ranks]
+    for axis in ty.axes_in(P):
+        for rank, at in enumerate(ranks):
+            if at[axis]:
+                first = ranks.index({**at, axis: 0})
+                out[rank] = torch.randn(out[rank].shape, dtype=x.dtype, generator=generator)
+                out[first] = out[first] - out[rank]
+    return out
+
+
+def _compare(
+    placement: tuple[ShardType, ...],
+    got: Simulated,
+    out: list[Tensor],
+    grads: list[Tensor | None],
+    rtol: float,
+) -> None:
+    where = ", ".join(map(str, placement))
+    values = optree.tree_leaves(got.value)
+    named = [(f"result {i}", a, b) for i, (a, b) in enumerate(zip(values, out, strict=True))]
+    for i, grad in enumerate(grads):
+        mine = got.grads[i]
+        if mine is not None:
+            named.append((f"gradient of operand {i}", mine, mine * 0 if grad is None else grad))
+    for name, a, b in named:
+        error = (a.double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30)
+        if not error <= rtol:
+            raise SimulationError(
+                f"rulecheck: with operands ({where}) the {name} is off by {error:.3g} (relative L2). "
+                "The rule or the op's local form is wrong."
+            )

@@ -1,0 +1,33 @@
+"""Graph targets that need the comm of the rank they run on."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from megatree.parallel.comm import Axes, BodyComm, RankComm
+
+
+def scoped_op(
+    comm: RankComm, fn: Callable[..., Any], table: Mapping[str, Axes], *args: Any, **kwargs: Any
+) -> Any:
+    """Call an op that takes a comm over its signature's labels."""
+    return fn(BodyComm(comm, table), *args, **kwargs)
+
+
+def factory(
+    comm: RankComm, fn: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Make a constant on the rank's device."""
+    return fn(*args, **kwargs, device=comm.device)
+
+
+def iota(comm: RankComm, axes: Axes, start: int, stop: int, step: int, dtype: torch.dtype) -> Any:
+    """Make one rank's slice of an arange."""
+    n, i = comm.size(axes), comm.index(axes)
+    count = len(range(start, stop, step)) // n
+    first = start + i * count * step
+    return torch.arange(first, first + count * step, step, dtype=dtype, device=comm.device)
+
+
+NEEDS_COMM: tuple[Callable[..., Any], ...] = (scoped_op, factory, iota)

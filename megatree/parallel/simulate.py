@@ -1,0 +1,152 @@
+"""`simulate`: run all ranks of a lowered function in this process, forward and backward."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from megatree.functional.param import Array, Param
+from megatree.parallel.assemble import assemble, points
+from megatree.parallel.layout import Layout, cut
+from megatree.parallel.lower import lower
+from megatree.parallel.program import Program
+from megatree.parallel.threads import ThreadComm, Threads
+from megatree.parallel.types import I
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What all ranks of a program computed together.
+
+    Args:
+        value: the result's tree, as whole tensors.
+        grads: per argument the tree of whole gradients (None where none flows).
+        counts: collectives that rank 0 executed, by kind.
+        program: the lowered program.
+    """
+
+    value: Any
+    grads: tuple[Any, ...]
+    counts: dict[str, int]
+    program: Program
+
+
+def simulate(
+    fn: Callable[..., Any],
+    layout: Layout,
+    *values: Any,
+    axes: tuple[Any, ...],
+    cotangents: Any = None,
+    rtol: float = 1e-9,
+) -> Simulated:
+    """Lower a function and run every rank as a thread; compare copies, return whole values.
+
+    Args:
+        fn: a global-view function of trees of tensors.
+        layout: mesh and rules.
+        values: whole tensors, one tree per argument.
+        axes: per argument a tree of the same structure of Param, Array or axis strings (a string
+            stands for an Array that takes a gradient if it is floating point).
+        cotangents: tree like the result of whole cotangents; None: ones for every floating result.
+        rtol: relative L2 distance that copies of one value may have.
+
+    Returns:
+        Values, gradients, collective counts and the program.
+
+    Raises:
+        ShardingError: the function cannot be typed.
+        SimulationError: ranks disagree on a collective, wait for each other, or copies differ.
+    """
+    sizes: dict[str, int] = {}
+    abstract = tuple(
+        optree.tree_map(lambda x, leaf: _declare(x, leaf, sizes), value, axis)
+        for value, axis in zip(values, axes, strict=True)
+    )
+    program = lower(fn, layout, *abstract, sizes=sizes)
+    return run_simulated(program, optree.tree_leaves(values), cotangents, rtol=rtol)
+
+
+def _declare(value: Tensor, leaf: Any, sizes: dict[str, int]) -> Param | Array:
+    """Fill a declaration with the shape and dtype of a value; collect the sizes of its axes."""
+    if isinstance(leaf, str):
+        leaf = Array(leaf, grad=value.is_floating_point())
+    if isinstance(leaf, Array):
+        return Array(leaf.axes, value.dtype, tuple(value.shape), leaf.grad)
+    sizes.update(zip(leaf.names, value.shape, strict=True))
+    return replace(leaf, dtype=value.dtype)
+
+
+def run_simulated(
+    program: Program, leaves: Sequence[Tensor | list[Tensor]], cotangents: Any = None, *, rtol: float = 1e-9
+) -> Simulated:
+    """Run a lowered program on whole tensors, or on lists of one tensor per rank; see `simulate`."""
+    sizes = program.mesh_sizes
+    types = list(program.types.values())
+    seeds = _seeds(program, cotangents)
+    locals_ = [
+        [
+            (x[rank] if isinstance(x, list) else cut(x, ty.spec, sizes, at))
+            .detach()
+            .clone()
+            .requires_grad_(ty.grad)
+            for x, ty in zip(leaves, types, strict=True)
+        ]
+        for rank, at in enumerate(points(sizes))
+    ]
+    comms: list[ThreadComm] = []
+
+    def rank_main(comm: ThreadComm) -> tuple[list[Tensor], list[Tensor | None]]:
+        comms.append(comm)
+        mine = locals_[comm.rank]
+        outs = program.bind(comm)(*mine)
+        roots, gs = [], []
+        for out, ty, seed in zip(outs, program.out_types, seeds, strict=True):
+            if out.requires_grad and seed is not None:
+                roots.append(out)
+                gs.append(cut(seed, ty.spec, sizes, comm.coords))
+        if roots:
+            torch.autograd.backward(roots, gs)
+        grads: list[Tensor | None] = []
+        for x, ty, path in zip(mine, types, program.types, strict=True):
+            grad = x.grad if ty.grad else None
+            if ty.grad and grad is None:
+                grad = torch.zeros_like(x)
+            over = program.sync.get(path, ())
+            grads.append(comm.psum(grad, over) if over and grad is not None else grad)
+        return [out.detach() for out in outs], grads
+
+    results = Threads(sizes).run(rank_main)
+    value = [
+        assemble([r[0][i] for r in results], ty, sizes, f"result {i}", rtol=rtol)
+        for i, ty in enumerate(program.out_types)
+    ]
+    grads = [
+        assemble(
+            [r[1][i] for r in results],
+            ty.with_kinds(dict.fromkeys(program.sync.get(path, ()), I)).dual,
+            sizes,
+            f"gradient of {path}",
+            rtol=rtol,
+        )
+        if ty.grad
+        else None
+        for i, (path, ty) in enumerate(program.types.items())
+    ]
+    return Simulated(
+        value=optree.tree_unflatten(program.out_tree, value),
+        grads=optree.tree_unflatten(program.in_tree, grads),
+        counts=next(c.counts for c in comms if c.rank == 0),
+        program=program,
+    )
+
+
+def _seeds(program: Program, cotangents: Any) -> list[Tensor | None]:
+    if cotangents is not None:
+        return optree.tree_leaves(cotangents, none_is_leaf=True)
+    return [
+        torch.ones(ty.shape, dtype=ty.dtype) if ty.dtype.is_floating_point else None
+        for ty in program.out_types
+    ]

@@ -1,0 +1,301 @@
+"""Trace a global-view function once, type every op, and emit a graph over local tensors."""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from megatree.functional.annotate import as_partial, shard
+from megatree.functional.comm import SINGLE
+from megatree.functional.op import OpRule
+from megatree.functional.param import axis_names
+from megatree.functional.signature import Signature, parse
+from megatree.parallel import hazards
+from megatree.parallel.comm import move
+from megatree.parallel.engine import Inference, Refusal, infer
+from megatree.parallel.errors import ShardingError
+from megatree.parallel.layout import Layout, check_spec
+from megatree.parallel.ops import RULES
+from megatree.parallel.scoped import scoped_op
+from megatree.parallel.sources import user_line
+from megatree.parallel.typed import TypedTensor, map_structure, typed_leaves
+from megatree.parallel.types import I, P, R, S, ShardType, make_type
+
+Localise = Callable[[list[ShardType], tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Any]]]
+
+
+class Tracer:
+    """One trace: the graph so far, the sizes that names are bound to, and the free I -> R moves."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.mesh_sizes = layout.mesh.sizes
+        self.graph = fx.Graph()
+        self.bound: dict[str, tuple[int, str]] = {}
+        self.widened: dict[tuple[fx.Node, frozenset[str]], TypedTensor] = {}
+        self.contexts = hazards.snapshot()
+        self.open = True
+
+    # -- values ------------------------------------------------------------------------------
+
+    def placeholder(
+        self, name: str, ty: ShardType, names: Sequence[str] | None, *, leaf: bool
+    ) -> TypedTensor:
+        """Add an input; a leaf is a parameter, whose gradient the runtime reduces."""
+        node = self.graph.placeholder(name.replace(".", "_"))
+        node.meta.update(type=ty, source=f"input {name}", op="input", leaf=leaf, path=name)
+        for axis, size in zip(names or (), ty.shape, strict=False):
+            self.bind(axis, size, f"input {name}")
+        plain = torch.empty(ty.shape, dtype=ty.dtype, device="meta")
+        return TypedTensor.make(plain, node, ty, self)
+
+    def bind(self, name: str, size: int, place: str) -> None:
+        """Bind a logical axis name to a size; a second size is an error."""
+        if name == "_":
+            return
+        known, where = self.bound.setdefault(name, (size, place))
+        if known != size:
+            raise ShardingError(
+                f"{place}: axis {name!r} has size {size} here and size {known} at {where}. "
+                "Name the dims in their order; two different axes need two names."
+            )
+
+    def emit(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        types: Sequence[ShardType],
+        plains: Sequence[Tensor],
+        *,
+        op: str,
+        single: bool = True,
+    ) -> Any:
+        """Add a call over local tensors; several outputs come back as a tuple."""
+
+        def node_of(x: Any) -> Any:
+            return x.node if isinstance(x, TypedTensor) else x
+
+        source = user_line()
+        node = self.graph.call_function(
+            target, map_structure(node_of, args), map_structure(node_of, dict(kwargs))
+        )
+        node.meta.update(type=types[0] if single else tuple(types), source=source, op=op)
+        if single:
+            return TypedTensor.make(plains[0], node, types[0], self)
+        out = []
+        for i, (ty, plain) in enumerate(zip(types, plains, strict=True)):
+            item = self.graph.call_function(operator.getitem, (node, i))
+            item.meta.update(type=ty, source=source, op=op)
+            out.append(TypedTensor.make(plain, item, ty, self))
+        return tuple(out)
+
+    def move(self, x: TypedTensor, dst: ShardType) -> TypedTensor:
+        """Add a transition to another type of the same value."""
+        return self.emit(move, (x, x.type_, dst), {}, [dst], [x.plain], op="move")
+
+    def replicate(self, x: TypedTensor, axes: frozenset[str]) -> TypedTensor:
+        """Return the value as R over the axes: free forward, a sum backward; once per value."""
+        if not axes or not x.type_.grad:
+            return x
+        key = (x.node, axes)
+        if key not in self.widened:
+            self.widened[key] = self.move(x, x.type_.with_kinds(dict.fromkeys(axes, R)))
+        return self.widened[key]
+
+    # -- ops ---------------------------------------------------------------------------------
+
+    def operation(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        sig: Signature,
+        *,
+        evaluate: Callable[..., Any] | None = None,
+        localise: Localise | None = None,
+        comm_table: bool = False,
+    ) -> Any:
+        """Type a call by its signature, evaluate its shapes on meta tensors and emit it.
+
+        Args:
+            name: the op's name in errors.
+            func: what to call on local tensors.
+            args, kwargs: as the user gave them; typed tensors in them are the operands, in order.
+            sig: the signature, one entry per operand.
+            evaluate: what to call on whole meta tensors to learn the outputs' shapes; None: func.
+            localise: rewrites global sizes in the arguments into local ones.
+            comm_table: hand `func` the mesh axes of the signature's labels (see `scoped_op`).
+        """
+        operands = typed_leaves((args, kwargs))
+        inference = self.infer(name, sig, operands)
+        plain_args, plain_kwargs = map_structure(_plain, (args, dict(kwargs)))
+        meta = (evaluate or func)(*plain_args, **plain_kwargs)
+        single = isinstance(meta, Tensor)
+        metas = [meta] if single else list(meta)
+        types = self.output_types(name, inference, operands, metas)
+        converted = iter(
+            [
+                self.replicate(x, axes)
+                for x, axes in zip(operands, inference.replicate, strict=True)
+            ]
+        )
+        args, kwargs = map_structure(
+            lambda x: next(converted) if isinstance(x, TypedTensor) else x, (args, dict(kwargs))
+        )
+        if localise is not None:
+            args, kwargs = localise(types, args, dict(kwargs))
+        if comm_table:
+            table = {
+                label: axes
+                for labels, x in zip(sig.operands, operands, strict=True)
+                for label, axes in zip(labels, x.type_.spec, strict=True)
+                if label is not None
+            }
+            args, func = (func, table, *args), scoped_op
+        return self.emit(func, args, kwargs, types, metas, op=name, single=single)
+
+    def infer(self, name: str, sig: Signature, operands: Sequence[TypedTensor]) -> Inference:
+        """Type an op, or say where its operands come from and why it is refused."""
+        try:
+            return infer(sig, [x.type_ for x in operands], self.mesh_sizes)
+        except Refusal as refusal:
+            created = ""
+            if refusal.pending is not None:
+                i, axis = refusal.pending
+                made = origin_of_sum(operands[i].node, axis)
+                created = f" The sum was created at {made.meta['source']} ({made.meta['op']})."
+            raise ShardingError(
+                f"{user_line()}: {name}: {refusal.why}.{created} {refusal.fix}."
+            ) from None
+
+    def output_types(
+        self,
+        name: str,
+        inference: Inference,
+        operands: Sequence[TypedTensor],
+        metas: Sequence[Tensor],
+    ) -> list[ShardType]:
+        """Build the outputs' types from an inference and the meta tensors of the results."""
+        grad = any(x.type_.grad for x in operands)
+        types = []
+        for spec, meta in zip(inference.specs, metas, strict=True):
+            shape = tuple(meta.shape)
+            assert len(spec) == len(shape), f"{name}: signature gives {len(spec)} dims, result {shape}"
+            check_spec(
+                spec, [str(d) for d in range(len(shape))], shape, self.mesh_sizes,
+                f"{user_line()}: {name}",
+            )
+            types.append(
+                make_type(
+                    shape, meta.dtype, spec, self.mesh_sizes,
+                    kinds=inference.kinds, grad=grad and meta.is_floating_point(),
+                )
+            )
+        return types
+
+    def declared_op(self, rule: OpRule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Type and emit a call of a function declared with `op`."""
+        operands = [x for x in args if isinstance(x, TypedTensor)]
+        ranks = [x.dim() for x in operands]
+        text = rule.signature if isinstance(rule.signature, str) else rule.signature(ranks)
+        try:
+            sig = parse(text, ranks, rule.linear)
+        except ValueError as error:
+            raise ShardingError(f"{user_line()}: {rule.name}: {error}") from None
+        evaluate = (lambda *a, **k: rule.fn(SINGLE, *a, **k)) if rule.comm else rule.fn
+        return self.operation(
+            rule.name, rule.fn, args, kwargs, sig, evaluate=evaluate, comm_table=rule.comm
+        )
+
+    # -- annotations -------------------------------------------------------------------------
+
+    def shard(self, x: TypedTensor, axes: str) -> TypedTensor:
+        """Lay a value out by the rules; see `megatree.functional.annotate.shard`."""
+        place = f"{user_line()}: shard {axes!r}"
+        names = axis_names(axes, place)
+        if len(names) != x.dim():
+            raise ShardingError(
+                f"{place}: names {len(names)} axes, the value has {x.dim()} dims {tuple(x.shape)}. "
+                "Give one name per dim."
+            )
+        for name, size in zip(names, x.type_.shape, strict=True):
+            self.bind(name, size, place)
+        spec = self.layout.spec(names, x.type_.shape, place)
+        ty = x.type_
+        keep = {axis: R for axis in ty.axes_in(R)}  # P and S end as I, R stays R
+        dst = make_type(ty.shape, ty.dtype, spec, self.mesh_sizes, kinds=keep, grad=ty.grad)
+        return x if dst == ty else self.move(x, dst)
+
+    def as_partial(self, x: TypedTensor, axis: str) -> TypedTensor:
+        """Turn I or R over the mesh axes of a logical axis into a pending sum."""
+        ty, axes = x.type_, self.layout.axes(axis)
+        for a in axes:
+            if ty.state(a) == S:
+                raise ShardingError(
+                    f"{user_line()}: as_partial: {ty} is cut over {a!r}. "
+                    "shard(x, ...) it whole first."
+                )
+        dst = ty.with_kinds(dict.fromkeys(axes, P))
+        return x if dst == ty else self.move(x, dst)
+
+    def finish(self, x: TypedTensor) -> TypedTensor:
+        """Make a result S, I or P: an R result would seed one gradient per rank."""
+        ty = x.type_
+        over = ty.axes_in(R)
+        return self.move(x, ty.with_kinds(dict.fromkeys(over, I))) if over else x
+
+    # -- dispatch ----------------------------------------------------------------------------
+
+    def dispatch(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Handle a torch call made by the traced function."""
+        operands = typed_leaves((args, kwargs))
+        if hazards.is_metadata(func):
+            return func(*map_structure(_plain, args), **map_structure(_plain, kwargs))
+        rule = RULES.get(func)
+        if not operands and (rule is None or not rule.is_factory):
+            return func(*args, **kwargs)  # a constant of plain tensors; mixing it in is refused
+        name = getattr(func, "__name__", str(func)).strip("_")
+        hazards.check(self, name, func, args, kwargs, operands)
+        if func is shard:
+            return self.shard(*args, **kwargs)
+        if func is as_partial:
+            return self.as_partial(*args, **kwargs)
+        if hasattr(func, "local_map"):
+            from megatree.parallel.bodies import trace_body
+
+            return trace_body(self, func.local_map, args)
+        if hasattr(func, "rule"):
+            return self.declared_op(func.rule, args, kwargs)
+        if rule is None:
+            types = ", ".join(str(x.type_) for x in operands)
+            raise ShardingError(
+                f"{user_line()}: no sharding rule for {name} (operands {types}). Declare it with "
+                "@op(\"...\"), write it with the vocabulary, or wrap the code in local_map."
+            )
+        return rule.apply(self, name, func, args, kwargs)
+
+
+def _plain(x: Any) -> Any:
+    return x.plain if isinstance(x, TypedTensor) else x
+
+
+def origin_of_sum(node: fx.Node, axis: str) -> fx.Node:
+    """Return the node at which a pending sum over a mesh axis came to be."""
+
+    def pending(n: fx.Node) -> bool:
+        ty = n.meta.get("type")
+        return isinstance(ty, ShardType) and ty.state(axis) == P
+
+    while True:
+        before = next((n for n in node.all_input_nodes if pending(n)), None)
+        if before is None:
+            return node
+        node = before
+
+
