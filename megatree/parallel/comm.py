@@ -1,6 +1,6 @@
 """Collectives as a value: what one rank may ask of the others, raw and differentiable."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ class RankComm:
         for axis in axes:
             i = i * self.sizes[axis] + self.coords[axis]
         return i
+
+    def prepare(self, axes_list: Iterable[Axes]) -> None:
+        """Set up the groups of these tuples of axes; every rank calls it alike."""
 
     def psum(self, x: Tensor, axes: Axes) -> Tensor:
         raise NotImplementedError

@@ -1,5 +1,6 @@
 """`lower`: from a global-view function and a layout to one rank's program."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -101,8 +102,9 @@ def trace(
     tracer = tracer or Tracer(layout)
     paths, leaves, in_tree = optree.tree_flatten_with_path(abstract)
     inputs = []
+    arguments = _argument_names(fn, len(abstract))
     for path, leaf in zip(paths, leaves, strict=True):
-        name = path_name(path[1:]) or f"arg{path[0]}"
+        name = path_name((arguments[path[0]], *path[1:]))
         inputs.append(add_input(tracer, name, leaf, sizes or {}, dtype))
     with Tracing(tracer):
         out = fn(*optree.tree_unflatten(in_tree, inputs))
@@ -119,6 +121,13 @@ def trace(
         out_types=tuple(x.type_ for x in flat),
         axis_names=frozenset(tracer.bound),
     )
+
+
+def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
+    """Return the names of a function's arguments, numbered where it has none."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [p.name for p in inspect.signature(fn).parameters.values() if p.kind in kinds]
+    return [*named, *(f"arg{i}" for i in range(len(named), count))]
 
 
 def add_input(

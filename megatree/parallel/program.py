@@ -8,9 +8,11 @@ from typing import Any
 import optree
 from torch import Tensor, fx
 
+from megatree.parallel.bodies import run_body
 from megatree.parallel.codegen import generate
 from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import Layout, local_shape
+from megatree.parallel.scoped import scoped_op
 from megatree.parallel.transitions import Step, plan_move
 from megatree.parallel.types import ShardType
 from megatree.parallel.widen import is_move
@@ -96,6 +98,17 @@ class Program:
             if axes
         ]
         return forward + backward[::-1] + sync
+
+    @property
+    def table_axes(self) -> set[tuple[str, ...]]:
+        """Tuples of mesh axes over which ops and bodies communicate by themselves."""
+        return {
+            axes
+            for node in self.graph.nodes
+            if node.target in (scoped_op, run_body)
+            for axes in node.args[1].values()
+            if axes
+        }
 
     def counts(self, phase: str) -> dict[str, int]:
         """Return kind -> number of collectives of a phase."""

@@ -24,6 +24,7 @@ class Threads:
         self.rank_of = {point: rank for rank, point in enumerate(self.points)}
         self.changed = threading.Condition()
         self.slots: dict[Any, dict[int, tuple[Any, Any]]] = {}
+        self.reads: dict[Any, int] = {}
         self.waiting: dict[int, str] = {}
         self.mail: dict[tuple[int, int], list[tuple[Any, Tensor]]] = {}
         self.error: BaseException | None = None
@@ -118,6 +119,9 @@ class ThreadComm(RankComm):
         call = self.calls[name] = self.calls.get(name, 0) + 1
         self.counts[kind] = self.counts.get(kind, 0) + 1
         label = (kind, axes, tag)
+        # Copied before anybody reads it: the sender may overwrite its tensor once it returns.
+        copies = {id(x): x.detach().clone() for x in send if x is not None}
+        send = [None if x is None else copies[id(x)] for x in send]
         with world.changed:
             slot = world.slots.setdefault((name, call), {})
             slot[self.rank] = (label, send)
@@ -132,7 +136,10 @@ class ThreadComm(RankComm):
                 self.rank, f"{kind}({'.'.join(axes)}), call {call}", lambda: len(slot) == len(group)
             )
             got = [slot[rank][1][me] for rank in group]
-        return [None if x is None else x.detach().clone() for x in got]
+            self.world.reads[name, call] = self.world.reads.get((name, call), 0) + 1
+            if self.world.reads[name, call] == len(group):  # everybody has taken its part
+                del world.slots[name, call], self.world.reads[name, call]
+        return got
 
     def psum(self, x: Tensor, axes: Axes) -> Tensor:
         parts = self.exchange("psum", axes, [x] * self.size(axes), tuple(x.shape))

@@ -1,0 +1,1 @@
+"""Processes: collectives, drivers, the step and what it updates in place."""

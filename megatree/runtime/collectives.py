@@ -1,0 +1,140 @@
+"""Collectives over processes: gloo and NCCL groups of a mesh, as a comm."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatree.parallel.comm import Axes, RankComm
+from megatree.parallel.mesh import Mesh
+
+
+class ProcessComm(RankComm):
+    """One process of an initialised process group as a rank of a mesh.
+
+    Groups are made by `prepare`, a collective call: every rank asks for the same axes in the same
+    order. torch sorts the ranks of a group, so a tuple of axes in another order than the mesh's
+    permutes the chunks.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device | str = "cpu") -> None:
+        if dist.get_world_size() != mesh.num_ranks:
+            raise ValueError(
+                f"Mesh: {mesh} has {mesh.num_ranks} ranks, {dist.get_world_size()} processes run. "
+                "Start as many processes as the mesh has ranks, or change the mesh."
+            )
+        self.mesh = mesh
+        self.sizes = mesh.sizes
+        self.coords = mesh.coords(dist.get_rank())
+        self.device = torch.device(device)
+        self.groups: dict[Axes, tuple[Any, str]] = {}
+        self.orders: dict[Axes, tuple[list[int], list[int]] | None] = {}
+
+    def prepare(self, axes_list: Iterable[Axes]) -> None:
+        """Make the groups of these tuples of axes; every rank must call it alike."""
+        for axes in axes_list:
+            if not axes or axes in self.orders:
+                continue
+            ordered = tuple(a for a in self.sizes if a in axes)
+            if ordered not in self.groups:
+                self.groups[ordered] = self._new_group(ordered)
+            self.groups[axes] = self.groups[ordered]
+            ranks = self.mesh.ranks(axes, self.coords)
+            to_sorted = [ranks.index(r) for r in sorted(ranks)]
+            same = to_sorted == list(range(len(ranks)))
+            to_tuple = [to_sorted.index(i) for i in range(len(ranks))]
+            self.orders[axes] = None if same else (to_sorted, to_tuple)
+
+    def _new_group(self, axes: Axes) -> tuple[Any, str]:
+        mine: Any = None
+        seen: set[tuple[int, ...]] = set()
+        for rank in range(self.mesh.num_ranks):
+            ranks = tuple(self.mesh.ranks(axes, self.mesh.coords(rank)))
+            if ranks in seen:
+                continue
+            seen.add(ranks)
+            group = dist.new_group(list(ranks))
+            if dist.get_rank() in ranks:
+                mine = group
+        return mine, mine.group_name
+
+    def _group(self, axes: Axes) -> str:
+        try:
+            return self.groups[axes][1]
+        except KeyError:
+            raise ValueError(
+                f"comm: no process group over {axes}; there are {list(self.groups)}. "
+                "Call prepare([axes]) on every rank first."
+            ) from None
+
+    def psum(self, x: Tensor, axes: Axes) -> Tensor:
+        ops = torch.ops._c10d_functional
+        return ops.wait_tensor(ops.all_reduce(x, "sum", self._group(axes)))
+
+    def pmax(self, x: Tensor, axes: Axes) -> Tensor:
+        ops = torch.ops._c10d_functional
+        return ops.wait_tensor(ops.all_reduce(x, "max", self._group(axes)))
+
+    def all_gather(self, x: Tensor, axes: Axes, dim: int) -> Tensor:
+        ops = torch.ops._c10d_functional
+        n = self.size(axes)
+        x = x if x.dim() else x.reshape(1)
+        y = ops.wait_tensor(ops.all_gather_into_tensor(x, n, self._group(axes)))
+        order = self.orders[axes]
+        if dim == 0 and order is None:
+            return y
+        parts = y.chunk(n, 0)
+        return torch.cat(parts if order is None else [parts[i] for i in order[1]], dim)
+
+    def psum_scatter(self, x: Tensor, axes: Axes, dim: int) -> Tensor:
+        ops = torch.ops._c10d_functional
+        n, order = self.size(axes), self.orders[axes]
+        if dim or order is not None:
+            parts = x.chunk(n, dim)
+            x = torch.cat(parts if order is None else [parts[i] for i in order[0]], 0)
+        return ops.wait_tensor(ops.reduce_scatter_tensor(x, "sum", n, self._group(axes)))
+
+    def all_to_all(self, x: Tensor, axes: Axes, split_dim: int, concat_dim: int) -> Tensor:
+        ops = torch.ops._c10d_functional
+        n, order = self.size(axes), self.orders[axes]
+        parts = x.chunk(n, split_dim)
+        send = torch.cat(parts if order is None else [parts[i] for i in order[0]], 0)
+        rows = [send.shape[0] // n] * n
+        got = ops.wait_tensor(ops.all_to_all_single(send, rows, rows, self._group(axes)))
+        parts = got.chunk(n, 0)
+        return torch.cat(parts if order is None else [parts[i] for i in order[1]], concat_dim)
+
+    def all_to_all_v(self, x: Tensor, axes: Axes, send: list[int], recv: list[int]) -> Tensor:
+        ops = torch.ops._c10d_functional
+        order = self.orders[axes]
+        if order is not None:
+            parts = x.split(send)
+            x = torch.cat([parts[i] for i in order[0]])
+            send, recv = [send[i] for i in order[0]], [recv[i] for i in order[0]]
+        y = ops.wait_tensor(ops.all_to_all_single(x, recv, send, self._group(axes)))
+        if order is None:
+            return y
+        parts = y.split(recv)
+        return torch.cat([parts[i] for i in order[1]])
+
+    def ppermute(self, x: Tensor, axes: Axes, shift: int) -> Tensor:
+        ranks = self.mesh.ranks(axes, self.coords)
+        n, i = len(ranks), self.index(axes)
+        if shift % n == 0:
+            return x.clone()
+        group = self.groups[axes][0]
+        out = torch.empty_like(x)
+        for work in dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, x, ranks[(i + shift) % n], group),
+                dist.P2POp(dist.irecv, out, ranks[(i - shift) % n], group),
+            ]
+        ):
+            work.wait()
+        return out
+
+    def psum_async(self, x: Tensor, axes: Axes) -> Callable[[], None]:
+        work = dist.all_reduce(x, group=self.groups[axes][0], async_op=True)
+        return lambda: None if work is None else work.wait()

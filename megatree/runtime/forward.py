@@ -1,0 +1,118 @@
+"""Run a lowered model on one rank: the fold of the carry over bound programs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from megatree.parallel.codegen import generate
+from megatree.parallel.comm import Axes, RankComm
+from megatree.parallel.model import ModelProgram
+
+Leaves = Mapping[tuple[str, int | None], Sequence[Tensor]]
+"""(unit, layer index within its kind) -> the unit's `w`, flat, in the program's order."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward run returns.
+
+    Args:
+        carry: the last carry, flat local tensors.
+        sums: (unit, number, term) -> local sum.
+        metrics: (unit, number, name) -> local value.
+    """
+
+    carry: tuple[Tensor, ...]
+    sums: dict[tuple[str, int, str], Tensor]
+    metrics: dict[tuple[str, int, str], Tensor]
+
+
+def needed_axes(program: ModelProgram) -> list[Axes]:
+    """Return every tuple of mesh axes over which the model communicates, in a fixed order."""
+    found: set[Axes] = {tuple(program.layout.mesh.sizes)}
+    for part in program.programs():
+        found |= {c.axes for c in part.collectives}
+        found |= part.table_axes
+        found |= {ty.axes_in("P") for ty in part.out_types}
+    return sorted(axes for axes in found if axes)
+
+
+class BoundModel:
+    """A lowered model bound to one rank's comm."""
+
+    def __init__(
+        self,
+        program: ModelProgram,
+        comm: RankComm,
+        *,
+        transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
+    ) -> None:
+        comm.prepare(needed_axes(program))
+        self.program, self.comm = program, comm
+        self._consts = program.consts.bind(comm)
+        self._units = {name: transform(u.program.bind(comm)) for name, u in program.units.items()}
+        self._weights = {
+            name: generate(u.weights, comm)
+            for name, u in program.units.items()
+            if u.weights is not None
+        }
+        self._layers = [
+            torch.tensor(number, dtype=torch.int64, device=comm.device)
+            for number in range(len(program.order))
+        ]
+
+    def consts(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the consts of a local microbatch."""
+        missing = sorted(set(self.program.model.batch) ^ set(batch))
+        if missing:
+            raise ValueError(
+                f"batch: has {sorted(batch)}, the model takes {sorted(self.program.model.batch)}. "
+                f"Add or drop {missing}."
+            )
+        with torch.no_grad():
+            flat = self._consts(*optree.tree_leaves(dict(batch)))
+        return dict(zip(self.program.const_names, flat, strict=True))
+
+    def weights(self, consts: Mapping[str, Tensor]) -> dict[tuple[str, int, str], Tensor]:
+        """Compute the local weights of all loss terms; they depend on the batch alone."""
+        out: dict[tuple[str, int, str], Tensor] = {}
+        with torch.no_grad():
+            for unit_name, _, number in self.program.order:
+                if unit_name not in self._weights:
+                    continue
+                unit = self.program.units[unit_name]
+                flat = self._consts_for(unit_name, consts, number)
+                blanks = [None] * (len(unit.program.types) - len(flat))
+                for term, weight in zip(
+                    unit.terms, self._weights[unit_name](*blanks, *flat), strict=True
+                ):
+                    out[unit_name, number, term] = weight
+        return out
+
+    def _consts_for(
+        self, unit: str, consts: Mapping[str, Tensor], number: int
+    ) -> list[Tensor]:
+        table = dict(consts)
+        if "consts.layer" in self.program.units[unit].program.types:
+            table["layer"] = self._layers[number]
+        return [table[name] for name in sorted(table)]
+
+    def run(self, leaves: Leaves, consts: Mapping[str, Tensor]) -> Forward:
+        """Fold the carry over all segments; records gradients if `leaves` ask for them."""
+        carry: tuple[Tensor, ...] = ()
+        sums: dict[tuple[str, int, str], Tensor] = {}
+        metrics: dict[tuple[str, int, str], Tensor] = {}
+        for name, index, number in self.program.order:
+            unit = self.program.units[name]
+            inputs = (*leaves[name, index], *carry, *self._consts_for(name, consts, number))
+            out = self._units[name](*inputs)
+            for term, (at, _) in unit.terms.items():
+                sums[name, number, term] = out[at]
+            for metric, at in unit.metrics.items():
+                metrics[name, number, metric] = out[at].detach()
+            carry = out[: unit.num_carry]
+        return Forward(carry, sums, metrics)
