@@ -1,6 +1,6 @@
 """Contractions: `einsum` in the letters of the package, and products with structured weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -8,20 +8,6 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from megatree.functional.op import op
-
-
-@cache
-def _compact(text: str) -> str:
-    """Spell "b t d, v d -> b t v" as torch does; refuse a label that is no single letter."""
-    left, arrow, right = text.partition("->")
-    labels = [word for part in (*left.split(","), right) for word in part.split()]
-    bad = [word for word in labels if word != "..." and not (len(word) == 1 and word.isalpha())]
-    if bad or not arrow:
-        what = f"{', '.join(map(repr, bad))} is no label" if bad else "there is no '->'"
-        raise ValueError(
-            f'einsum: {what} in {text!r}. Write single letters set apart by blanks, "b t d, v d -> b t v".'
-        )
-    return text.replace(" ", "")
 
 
 def einsum(text: str, *xs: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
@@ -42,7 +28,60 @@ def einsum(text: str, *xs: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     >>> einsum("t k, g k -> g t", torch.ones(2, 3), torch.ones(4, 3)).shape
     torch.Size([4, 2])
     """
-    return torch.einsum(_compact(text), *xs)
+    return _contraction(text)(*xs)
+
+
+@cache
+def _contraction(text: str) -> Callable[..., Tensor]:
+    """Return the op that a text spells: labels that are in no output are summed."""
+    operands, output = _labels(text)
+    compact, summed = text.replace(" ", ""), _summed(operands, output)
+
+    def einsum(*xs: Tensor) -> Tensor:
+        if summed:
+            x, weight = xs
+            rows, columns = weight.shape[:summed], weight.shape[summed:]
+            product = torch.matmul(
+                x.flatten(-summed), weight.reshape(rows.numel(), columns.numel())
+            )
+            return product.unflatten(-1, columns)
+        return torch.einsum(compact, *xs)
+
+    marked = [[x if x in output else f"{x}+" for x in labels] for labels in operands]
+    signature = f"{', '.join(map(' '.join, marked))} -> {' '.join(output)}"
+    return op(signature, linear=[[i] for i in range(len(operands))])(einsum)
+
+
+def _labels(text: str) -> tuple[list[list[str]], list[str]]:
+    left, arrow, right = text.partition("->")
+    operands, output = [part.split() for part in left.split(",")], right.split()
+    bad = [
+        x for x in {x for part in (*operands, output) for x in part} - {"..."} if not _letter(x)
+    ]
+    if bad or not arrow:
+        what = f"{', '.join(map(repr, sorted(bad)))} is no label" if bad else "there is no '->'"
+        raise ValueError(
+            f"einsum: {what} in {text!r}. "
+            "Write single letters set apart by blanks, 'b t d, v d -> b t v'."
+        )
+    return operands, output
+
+
+def _letter(label: str) -> bool:
+    return len(label) == 1 and label.isascii() and label.isalpha()
+
+
+def _summed(operands: list[list[str]], output: list[str]) -> int:
+    """Return the number of summed labels if one matrix product does it as the dims lie, else 0.
+
+    torch.einsum always takes bmm: 20 of 510 ms of a step of a small model on a CPU, against mm.
+    """
+    if len(operands) != 2 or any("..." in labels for labels in operands):
+        return 0
+    x, weight = operands
+    num = len([label for label in weight if label not in output])
+    fits = 0 < num < len(weight) and x[-num:] == weight[:num] and output == x[:-num] + weight[num:]
+    return num if fits else 0
 
 
 def _linear_signature(ranks: Sequence[int]) -> str:

@@ -89,15 +89,7 @@ class Gradients:
         """
         for buffer in self.grads.values():
             buffer.zero_()
-        all_consts = [self.bound.consts(batch) for batch in microbatches]
-        weights = self._total([self.bound.weights(consts) for consts in all_consts], 1)
-        empty = sorted({key[2] for key, weight in weights.items() if not weight.item() > 0})
-        if empty:
-            raise ValueError(
-                f"step: loss terms {empty} have no weight in any of {len(microbatches)} "
-                "microbatches (every token is masked). Give the step a batch with at least one "
-                "token that counts."
-            )
+        all_consts, weights = self._consts_and_weights(microbatches)
         sums: list[dict[TermKey, Tensor]] = []
         self._left = {
             (group.name, row): len(group.leaves)
@@ -121,12 +113,38 @@ class Gradients:
         for wait in self._waits:
             wait()
         self._waits.clear()
-        totals = self._total(sums, 0)
+        return self._values(sums, weights), {key[2]: weight for key, weight in weights.items()}
+
+    @torch.no_grad()
+    def values(self, microbatches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Compute the terms of the loss without gradients; see `__call__`."""
+        all_consts, weights = self._consts_and_weights(microbatches)
+        return self._values([self.bound.run(self.leaves, c).sums for c in all_consts], weights)
+
+    def _consts_and_weights(
+        self, microbatches: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[list[dict[str, Tensor]], dict[TermKey, Tensor]]:
+        """Compute the consts of every microbatch and the terms' weights over the whole step."""
+        all_consts = [self.bound.consts(batch) for batch in microbatches]
+        weights = self._total([self.bound.weights(consts) for consts in all_consts], 1)
+        empty = sorted({key[2] for key, weight in weights.items() if not weight.item() > 0})
+        if empty:
+            raise ValueError(
+                f"step: loss terms {empty} have no weight in any of {len(microbatches)} "
+                "microbatches (every token is masked). Give the step a batch with at least one "
+                "token that counts."
+            )
+        return all_consts, weights
+
+    def _values(
+        self, sums: Sequence[Mapping[TermKey, Tensor]], weights: Mapping[TermKey, Tensor]
+    ) -> dict[str, Tensor]:
+        """Divide the terms' sums by their weights, and add a stack's layers."""
         values: dict[str, Tensor] = {}
-        for key, total in totals.items():
+        for key, total in self._total(sums, 0).items():
             value = total / weights[key]
             values[key[2]] = values[key[2]] + value if key[2] in values else value
-        return values, {key[2]: weight for key, weight in weights.items()}
+        return values
 
     def _total(
         self, parts: Sequence[Mapping[TermKey, Tensor]], which: int

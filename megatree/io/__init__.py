@@ -1,0 +1,1 @@
+"""Bytes in and out: data, checkpoints and foreign formats, with processes passed in as a value."""

@@ -1,0 +1,25 @@
+"""The native checkpoint: a tree of global arrays in a directory, whatever the mesh."""
+
+from megatree.io.checkpoint.box import Box
+from megatree.io.checkpoint.directory import latest, step_name
+from megatree.io.checkpoint.load import Loaded, load, load_extra
+from megatree.io.checkpoint.manifest import Chunk, Manifest, StoredLeaf
+from megatree.io.checkpoint.parse import read_manifest
+from megatree.io.checkpoint.piece import Leaf, Piece
+from megatree.io.checkpoint.save import save
+
+__all__ = [
+    "Box",
+    "Chunk",
+    "Leaf",
+    "Loaded",
+    "Manifest",
+    "Piece",
+    "StoredLeaf",
+    "latest",
+    "load",
+    "load_extra",
+    "read_manifest",
+    "save",
+    "step_name",
+]

@@ -1,0 +1,157 @@
+"""Reading planned chunks into the targets, every block verified against its checksum."""
+
+import os
+import stat
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from megatree.io.checkpoint.box import Box, runs, volume
+from megatree.io.checkpoint.manifest import Manifest
+from megatree.io.checkpoint.memory import memory, new_memory, scatter_bytes
+from megatree.io.checkpoint.piece import Piece
+from megatree.io.checkpoint.reads import Read
+from megatree.io.checkpoint.write import NUM_THREADS
+
+
+class Fetched(NamedTuple):
+    """How many bytes were read, and per damaged place one line that names leaf and file."""
+
+    nbytes: int
+    problems: list[str]
+
+
+class Straight(NamedTuple):
+    """Bytes of a chunk that lie in one run in the target too, so that no copy is needed.
+
+    Bytes `start` to `stop` of the chunk go to `memory`, from its beginning.
+    """
+
+    start: int
+    stop: int
+    memory: memoryview
+
+
+def fetch(
+    directory: Path, manifest: Manifest, reads: Sequence[Read], targets: Sequence[Piece]
+) -> Fetched:
+    """Carry out the reads (sorted by file); damage is returned, not raised, to list all of it."""
+    nbytes, problems = 0, []
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for name, group in groupby(reads, key=lambda read: read.chunk.file):
+            from_file = list(group)
+            found = _file_problems(directory / name, manifest.files[name], from_file)
+            if not found:
+                descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    jobs = _jobs(descriptor, from_file, targets, manifest.block_bytes)
+                    results = list(pool.map(lambda job: job(), jobs))
+                finally:
+                    os.close(descriptor)
+                nbytes += sum(result.nbytes for result in results)
+                found = [problem for result in results for problem in result.problems]
+            problems += found
+    return Fetched(nbytes, problems)
+
+
+def _file_problems(file: Path, nbytes: int, reads: Sequence[Read]) -> list[str]:
+    """Return what is wrong with a file as a whole, a line for each leaf that it hits."""
+    hit = reads
+    try:
+        status = os.lstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            wrong = "is not a regular file"
+        elif not os.access(file, os.R_OK):
+            wrong = "may not be read by this user"
+        elif status.st_size != nbytes:
+            wrong = f"has {status.st_size} bytes, the manifest says {nbytes}"
+            ends = [(read, read.chunk.offset + read.chunk.nbytes) for read in reads]
+            hit = [read for read, end in ends if end > status.st_size] or reads
+        else:
+            return []
+    except FileNotFoundError:
+        wrong = "is missing"
+    return list(dict.fromkeys(f"{read.path}: {file.name} {wrong}" for read in hit))
+
+
+def _jobs(
+    descriptor: int, reads: Sequence[Read], targets: Sequence[Piece], block_bytes: int
+) -> list[Callable[[], Fetched]]:
+    jobs: list[Callable[[], Fetched]] = []
+    for read in reads:
+        straight = _straight(read, targets)
+        for start, stop in read.blocks(block_bytes):
+            checksum = read.chunk.checksums[start // block_bytes]
+            job = partial(_fetch_block, descriptor, read, start, stop, checksum)
+            jobs.append(partial(job, targets=targets, straight=straight))
+    return jobs
+
+
+def _straight(read: Read, targets: Sequence[Piece]) -> Straight | None:
+    if len(read.wants) != 1:
+        return None
+    (want,) = read.wants
+    target = targets[want.target]
+    assert target.data is not None
+    view, size = memory(target.data), read.itemsize
+    source, destination = _run(want.box, read.chunk.box), _run(want.box, target.box)
+    if view is None or source is None or destination is None:
+        return None
+    count = volume(want.box)
+    into = view[destination * size : (destination + count) * size]
+    return Straight(source * size, (source + count) * size, into)
+
+
+def _run(box: Box, within: Box) -> int | None:
+    """Return the element of `within` at which `box` starts, if it is one run of it."""
+    start, stop = next(runs(box, within))
+    return start if stop - start == volume(box) else None
+
+
+def _fetch_block(
+    descriptor: int,
+    read: Read,
+    start: int,
+    stop: int,
+    checksum: int,
+    *,
+    targets: Sequence[Piece],
+    straight: Straight | None,
+) -> Fetched:
+    """Read bytes `start` to `stop` of a chunk, verify them, and put them where they are wanted."""
+    if straight is not None and straight.start <= start and stop <= straight.stop:
+        buffer, view = None, straight.memory[start - straight.start : stop - straight.start]
+    else:
+        buffer, view = new_memory(stop - start)
+    where = f"{read.path}: {read.chunk.file} bytes {read.chunk.offset + start} to "
+    where += f"{read.chunk.offset + stop}"
+    try:
+        nbytes = _read_into(descriptor, view, read.chunk.offset + start)
+    except OSError as error:
+        return Fetched(0, [f"{where} cannot be read ({error.strerror})"])
+    found = zlib.crc32(view)
+    if nbytes < stop - start or found != checksum:
+        wrong = f"{where} have checksum {found:#010x}, the manifest says {checksum:#010x}"
+        return Fetched(nbytes, [wrong])
+    if buffer is not None:
+        first, last = start // read.itemsize, stop // read.itemsize
+        for want in read.wants:
+            data, box = targets[want.target].data, targets[want.target].box
+            assert data is not None
+            scatter_bytes(buffer, read.chunk.box, first, last, data, box, want.box)
+    return Fetched(nbytes, [])
+
+
+def _read_into(descriptor: int, view: memoryview, offset: int) -> int:
+    """Fill `view` from a file and return the bytes read: fewer only where the file ends."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done

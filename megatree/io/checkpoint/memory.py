@@ -1,0 +1,50 @@
+"""Elements of a tensor as bytes: a range of a box, copied only if it does not lie contiguous."""
+
+import sys
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megatree.io.checkpoint.box import Box, elements, extents, intersect, slices
+
+assert sys.byteorder == "little", "chunk files are little-endian and are written as memory is"
+
+
+def memory(data: Tensor) -> memoryview | None:
+    """Return the bytes of a tensor without a copy; None if they are not in row-major CPU memory."""
+    if data.device.type != "cpu" or not data.is_contiguous() or data.is_conj() or data.is_neg():
+        return None
+    return data.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def new_memory(nbytes: int) -> tuple[Tensor, memoryview]:
+    """Return fresh bytes as a tensor and as memory."""
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    return buffer, buffer.numpy().data
+
+
+def gather_bytes(data: Tensor, box: Box, start: int, stop: int) -> memoryview:
+    """Copy elements `start` to `stop` of `box`, which `data` holds in any strides on any device."""
+    buffer, view = new_memory((stop - start) * data.dtype.itemsize)
+    at = 0
+    for part in elements(box, start, stop):
+        count = prod(extents(part)) * data.dtype.itemsize
+        into = buffer[at : at + count].view(data.dtype).view(extents(part))
+        into.copy_(data.detach()[slices(part, box)])
+        at += count
+    return view
+
+
+def scatter_bytes(
+    buffer: Tensor, chunk: Box, start: int, stop: int, data: Tensor, box: Box, wanted: Box
+) -> None:
+    """Copy what elements `start` to `stop` of `chunk` have of `wanted` into `data`, box `box`."""
+    at = 0
+    for part in elements(chunk, start, stop):
+        count = prod(extents(part)) * data.dtype.itemsize
+        common = intersect(part, wanted)
+        if common is not None:
+            values = buffer[at : at + count].view(data.dtype).view(extents(part))
+            data.detach()[slices(common, box)].copy_(values[slices(common, part)])
+        at += count

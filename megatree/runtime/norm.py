@@ -1,0 +1,33 @@
+"""The global norm of gradients, from types: every element counts once on any mesh."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatree.parallel.comm import RankComm
+from megatree.runtime.packing import Group
+
+
+def global_norm(groups: tuple[Group, ...], grads: Mapping[str, Tensor], comm: RankComm) -> Tensor:
+    """Return the L2 norm of all gradients as a float64 scalar that all ranks share.
+
+    The local sum of squares of a group is divided by the number of ranks that hold the same
+    elements; one scalar is summed over the whole mesh.
+
+    Args:
+        groups: the plan of the buffers.
+        grads: group name -> buffer, synchronised.
+        comm: this rank's collectives.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=comm.device)
+    for group in groups:
+        norm = torch.linalg.vector_norm(grads[group.name]).double()
+        total = total + norm * norm / group.copies
+    axes = tuple(comm.sizes)
+    return (comm.psum(total, axes) if axes else total).sqrt()
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return what to multiply gradients with so that their norm is at most `max_norm`."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,1 @@
+"""Tests of megatree; the folders mirror the package."""
