@@ -6,12 +6,12 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from megatree.functional.comm import Comm
 from megatree.functional.contraction import einsum
 from megatree.functional.dropout import check_rate, keep
 from megatree.functional.op import op
+from megatree.functional.transforms import only_reverse
 
 Kernel = Literal["auto", "reference", "sdpa"]
 
@@ -120,17 +120,7 @@ def _choose(kernel: str, dropout: float, operands: tuple[Tensor, ...]) -> str:
         )
     if kernel != "auto":
         return kernel
-    return "reference" if dropout > 0.0 or _transformed(operands) else "sdpa"
-
-
-def _transformed(operands: tuple[Tensor, ...]) -> bool:
-    """Whether forward mode or vmap is at work, for which torch's fused kernels have no rule."""
-    if torch.compiler.is_compiling():
-        return False
-    return any(
-        torch._C._functorch.is_batchedtensor(x) or forward_ad.unpack_dual(x).tangent is not None
-        for x in operands
-    )
+    return "sdpa" if dropout == 0.0 and only_reverse(*operands) else "reference"
 
 
 def _mask(

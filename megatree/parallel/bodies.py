@@ -1,7 +1,7 @@
 """`local_map` in a trace: check the declarations, try the body at local shapes, emit it as one node."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from megatree.functional.param import axis_names
 from megatree.parallel.comm import Axes, BodyComm, RankComm
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.sources import user_line
-from megatree.parallel.typed import TypedTensor
+from megatree.parallel.typed import TypedTensor, map_structure
 from megatree.parallel.types import I, P, R, S, ShardType, make_type
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BodyCall:
-    """One collective of a body: kind, mesh axes and the bytes of one rank's operand."""
+    """One collective of a body or an op: kind, mesh axes, bytes of one rank's operand, phase."""
 
     kind: str
     axes: Axes
     bytes: int
+    phase: str = "forward"
 
 
 def run_body(comm: RankComm, spec: LocalMap, table: dict[str, Axes], *local: Tensor) -> Any:
@@ -47,7 +48,22 @@ class _Local(Tensor):
                 f"{user_line()}: {func.__name__} inside a local_map body, where values are local "
                 "and it would do nothing. Use comm's collectives, or annotate outside the body."
             )
+        if hasattr(func, "local_map"):
+            raise ShardingError(
+                f"{user_line()}: local_map {func.local_map.name} inside a local_map body, where it "
+                "would run as on one device. Call its body with this body's comm."
+            )
+        if getattr(func, "rule", None) is not None and _draws(func, args, kwargs or {}):
+            raise ShardingError(
+                f"{user_line()}: {func.rule.name} inside a local_map body draws its mask by local index: "
+                "the same mask on every shard. Apply dropout outside the body."
+            )
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _draws(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an op draws by element index here."""
+    return kwargs.get("rate", 0.0) > 0.0 or kwargs.get("dropout", 0.0) > 0.0
 
 
 @dataclass
@@ -57,10 +73,11 @@ class ShapeComm(RankComm):
     sizes: dict[str, int]
     coords: dict[str, int]
     calls: list[BodyCall] = field(default_factory=list)
+    phase: str = "forward"
     device: torch.device = torch.device("meta")
 
     def _note(self, kind: str, x: Tensor, axes: Axes) -> None:
-        self.calls.append(BodyCall(kind, axes, x.numel() * x.element_size()))
+        self.calls.append(BodyCall(kind, axes, x.numel() * x.element_size(), self.phase))
 
     def psum(self, x: Tensor, axes: Axes) -> Tensor:
         self._note("psum", x, axes)
@@ -115,8 +132,9 @@ def trace_body(tracer: "Tracer", spec: LocalMap, operands: Sequence[Any]) -> Any
     }
     names |= {*spec.over, *(a for o in spec.out_axes for a in (*o.partial, *o.replicated))}
     table = {name: tracer.layout.axes(name) for name in sorted(names)}
-    comm = ShapeComm(tracer.mesh_sizes, dict.fromkeys(tracer.mesh_sizes, 0))
-    locals_ = _try_body(tracer, spec, table, comm, operands, place) if spec.static else None
+    locals_, calls = (
+        _try_body(tracer, spec, table, operands, place) if spec.static else (None, [])
+    )
     types = [
         _output_type(tracer, out, i, operands, touched, locals_, place)
         for i, out in enumerate(spec.out_axes)
@@ -132,14 +150,49 @@ def trace_body(tracer: "Tracer", spec: LocalMap, operands: Sequence[Any]) -> Any
         single=spec.single_output,
     )
     node = result.node if spec.single_output else result[0].node.args[0]
-    node.meta["calls"] = tuple(comm.calls)
+    node.meta["calls"] = tuple(calls)
     return result
+
+
+def try_locally(
+    fn: Callable[..., Any],
+    table: Mapping[str, Axes],
+    sizes: Mapping[str, int],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[list[Tensor], list[BodyCall]]:
+    """Run `fn(comm, ...)` forward and backward on meta tensors of local shapes.
+
+    Args:
+        fn: a body, or an op that takes a comm.
+        table: the comm's axes.
+        sizes: mesh axis -> size.
+        args, kwargs: of the call; typed tensors in them become local meta tensors.
+
+    Returns:
+        The outputs, and the collectives that every rank will call.
+    """
+    comm = ShapeComm(dict(sizes), dict.fromkeys(sizes, 0))
+    local = map_structure(lambda x: _local(x, sizes) if isinstance(x, TypedTensor) else x, args)
+    with torch.device("meta"):
+        out = fn(BodyComm(comm, table), *local, **kwargs)
+        outs = [out] if isinstance(out, Tensor) else list(out)
+        roots = [y for y in outs if y.requires_grad]
+        comm.phase = "backward"
+        if roots:
+            torch.autograd.backward(roots, [torch.empty_like(y) for y in roots])
+    return outs, comm.calls
+
+
+def _local(x: TypedTensor, sizes: Mapping[str, int]) -> Tensor:
+    plain = torch.empty(x.type_.local_shape(sizes), dtype=x.type_.dtype, device="meta")
+    return plain.as_subclass(_Local).requires_grad_(x.type_.grad)
 
 
 def _check_operands(
     tracer: "Tracer", spec: LocalMap, operands: Sequence[TypedTensor], place: str
 ) -> list[str]:
-    """Check the operands against in_axes; return the mesh axes on which an input varies."""
+    """Check the operands against in_axes; return the mesh axes on which something varies."""
     for i, (x, axes) in enumerate(zip(operands, spec.in_axes, strict=True)):
         names = axis_names(axes, place)
         if len(names) != x.dim():
@@ -154,7 +207,10 @@ def _check_operands(
                 f"{place}: operand {i} is {x.type_}, declared {axes!r} = {want}. "
                 f"shard(x, {axes!r}) it first."
             )
-    over = {a for name in spec.over for a in tracer.layout.axes(name)}
+    named = [*spec.over]
+    for out in spec.out_axes:
+        named += [*out.partial, *out.replicated, *(n for n in out.axes.split() if n != "_")]
+    over = {a for name in named for a in tracer.layout.axes(name)}
     touched = []
     for axis in tracer.mesh_sizes:
         states = [x.type_.state(axis) for x in operands]
@@ -173,37 +229,29 @@ def _try_body(
     tracer: "Tracer",
     spec: LocalMap,
     table: dict[str, Axes],
-    comm: ShapeComm,
     operands: Sequence[TypedTensor],
     place: str,
-) -> list[Tensor]:
-    """Run the body once on meta tensors of local shapes, to learn its outputs and collectives."""
-    local = [
-        torch.empty(
-            x.type_.local_shape(tracer.mesh_sizes), dtype=x.type_.dtype, device="meta"
-        ).as_subclass(_Local)
-        for x in operands
-    ]
+) -> tuple[list[Tensor], list[BodyCall]]:
+    """Run the body once at local shapes, to learn its outputs and collectives."""
     tracer.open = False  # a typed tensor that the body closes over is used outside its trace
     try:
-        with torch.device("meta"):
-            out = spec.fn(BodyComm(comm, table), *local)
+        outs, calls = try_locally(spec.fn, table, tracer.mesh_sizes, tuple(operands), {})
     except ShardingError:
         raise
     except Exception as error:
+        shapes = [list(x.type_.local_shape(tracer.mesh_sizes)) for x in operands]
         raise ShardingError(
-            f"{place}: the body failed at local shapes {[list(x.shape) for x in local]}: {error}. "
+            f"{place}: the body failed at local shapes {shapes}: {error}. "
             "Fix the body, or declare static=False if its shapes depend on data."
         ) from error
     finally:
         tracer.open = True
-    outs = [out] if isinstance(out, Tensor) else list(out)
     if len(outs) != len(spec.out_axes):
         raise ShardingError(
             f"{place}: the body returns {len(outs)} values, out_axes declares "
             f"{len(spec.out_axes)}. Declare one per output."
         )
-    return outs
+    return outs, calls
 
 
 def _output_type(
@@ -246,7 +294,7 @@ def _output_type(
     if silent:
         raise ShardingError(
             f"{place}: output {number} ({out.axes!r}) does not say what it is over mesh axis "
-            f"{silent[0]!r}, on which an input varies. Name the logical axis in the output's dims, "
+            f"{silent[0]!r}, on which an input or another output varies. Name the logical axis in the output's dims, "
             "in Out(partial=...) or in Out(replicated=...)."
         )
     grad = out.grad and dtype.is_floating_point and any(x.type_.grad for x in operands)

@@ -52,7 +52,7 @@ def infer(
     owner = {axis: label for label, axes in cuts.items() for axis in axes}
     replicate: list[set[str]] = [set() for _ in operands]
     kinds: dict[str, str] = {}
-    free = {label for labels in sig.outputs for label in labels}
+    free = [set(labels) for labels in sig.outputs]
     for axis in mesh_axes:
         states = [ty.state(axis) for ty in operands]
         label = owner.get(axis)
@@ -74,7 +74,14 @@ def infer(
                         )
                 elif state == I:
                     replicate[i].add(axis)
-            if label not in free:
+            kept = [label in labels for labels in free]
+            if any(kept) and not all(kept):
+                raise Refusal(
+                    f"label {label!r} is cut over mesh axis {axis!r}, and output "
+                    f"{kept.index(False)} does not have it, while another output has",
+                    f"Mark {label!r} ! in the signature, or declare two ops",
+                )
+            if not any(kept):
                 kinds[axis] = I if label in sig.own else P
         elif P in states:
             pending = frozenset(i for i, state in enumerate(states) if state == P)

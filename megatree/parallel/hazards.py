@@ -27,7 +27,7 @@ _METADATA = {
 _READS = {
     getattr(Tensor, name)
     for name in """item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__
-    __iter__ __complex__ cpu cuda""".split()
+    __iter__ __complex__""".split()
 } | {torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero}
 
 
@@ -87,28 +87,48 @@ def check(
             f"{user_line()}: {name}: a {changed} context is active, which a lowered program does "
             f"not keep. {_FIXES[changed]}."
         )
+    if isinstance(func, torch._ops.OpOverload):
+        raise ShardingError(
+            f"{user_line()}: {name}: a torch.func transform (grad, vmap, jvp) is applied to a typed "
+            "tensor. Apply it to what is lowered, or inside an op or a local_map."
+        )
     if func in _READS:
         raise ShardingError(
             f"{user_line()}: {name}: a value flows into Python here, where every rank has only its "
             "part. Use torch.where or a mask; data-dependent code belongs in a local_map."
         )
     raw = getattr(func, "__name__", "")
+    if raw == "__set__":
+        raise ShardingError(
+            f"{user_line()}: {name}: an attribute of a typed tensor is written, which a lowered "
+            "program does not keep. Return a new value."
+        )
     in_place = raw.startswith("__i") and raw not in ("__invert__", "__index__", "__iter__", "__int__")
     if in_place or raw == "__setitem__" or (raw.endswith("_") and not raw.endswith("__")):
         raise ShardingError(
             f"{user_line()}: {raw}: an in-place write to a typed tensor. "
             "Write the out-of-place form (x = x + y, torch.where)."
         )
-    if "out" in kwargs:
-        raise ShardingError(f"{user_line()}: {name}: out= is an in-place write. Use the result.")
-    if any(isinstance(a, torch.device) for a in [*args, *kwargs.values()] if operands) or (
-        operands and isinstance(kwargs.get("device"), str)
-    ):
+    for option in ("out", "inplace"):
+        if kwargs.get(option) not in (None, False):
+            raise ShardingError(
+                f"{user_line()}: {name}: {option}= is an in-place write. Use the result."
+            )
+    if operands and _moves_device(raw, args, kwargs):
         raise ShardingError(
             f"{user_line()}: {name}: moves a typed tensor to a device. Lowered programs run on the "
             "rank's device; drop the device argument."
         )
     _refuse_plain(name, args, kwargs, operands)
+
+
+def _moves_device(raw: str, args: Any, kwargs: Any) -> bool:
+    return (
+        raw in ("cpu", "cuda", "pin_memory")
+        or any(isinstance(a, torch.device) for a in [*args, *kwargs.values()])
+        or (raw == "to" and any(isinstance(a, str) for a in args))
+        or isinstance(kwargs.get("device"), str | int)
+    )
 
 
 def _refuse_plain(name: str, args: Any, kwargs: Any, operands: list[TypedTensor]) -> None:

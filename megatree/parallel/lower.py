@@ -17,7 +17,7 @@ from megatree.parallel.program import Program
 from megatree.parallel.tracer import Tracer
 from megatree.parallel.typed import Tracing, TypedTensor
 from megatree.parallel.types import ShardType, make_type
-from megatree.parallel.widen import leaf_needs, widen
+from megatree.parallel.widen import leaf_needs, push_up, widen
 
 Abstract = Param | Array | ShardType
 
@@ -102,7 +102,7 @@ def trace(
     tracer = tracer or Tracer(layout)
     paths, leaves, in_tree = optree.tree_flatten_with_path(abstract)
     inputs = []
-    arguments = _argument_names(fn, len(abstract))
+    arguments = argument_names(fn, len(abstract))
     for path, leaf in zip(paths, leaves, strict=True):
         name = path_name((arguments[path[0]], *path[1:]))
         inputs.append(add_input(tracer, name, leaf, sizes or {}, dtype))
@@ -112,6 +112,7 @@ def trace(
         flat = [tracer.finish(_check_output(fn, x)) for x in flat]
     tracer.open = False
     tracer.graph.output(tuple(x.node for x in flat))
+    push_up(tracer.graph)
     return Traced(
         name=getattr(fn, "__name__", "program"),
         graph=tracer.graph,
@@ -123,7 +124,7 @@ def trace(
     )
 
 
-def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
+def argument_names(fn: Callable[..., Any], count: int) -> list[str]:
     """Return the names of a function's arguments, numbered where it has none."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     named = [p.name for p in inspect.signature(fn).parameters.values() if p.kind in kinds]
@@ -141,6 +142,11 @@ def add_input(
             f"{name}: {type(leaf).__name__} is no declaration. Give a Param, an Array or a ShardType."
         )
     shape = padded_shape(leaf, sizes, name)
+    if len(shape) != len(leaf.names):
+        raise ShardingError(
+            f"{name}: declared {leaf.axes!r}, which names {len(leaf.names)} axes; the array has "
+            f"{len(shape)} dims {shape}. Give one name per dim."
+        )
     spec = tracer.layout.spec(leaf.names, shape, name)
     leaf_dtype = leaf.dtype or dtype
     learned = isinstance(leaf, Param) and leaf_dtype.is_floating_point

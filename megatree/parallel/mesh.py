@@ -74,15 +74,21 @@ class Mesh:
         """Name innermost parts of the mesh, splitting axes where needed.
 
         Each part is the innermost block of ranks of that size, pp excluded: on Mesh(dp=8, tp=8),
-        `refine(ep=16, kv=2)` makes kv the inner half.. of tp's links and ep all of tp and a part of dp.
+        `refine(ep=16, kv=2)` makes kv the inner two of tp's ranks, and ep all of tp and a part of dp.
 
         Args:
             parts: new axis name -> size; each must be reachable by splitting one axis.
 
         Raises:
-            ShardingError: a part's size does not fit the axes' sizes.
+            ShardingError: a part's size does not fit the axes' sizes, or its name is taken.
         """
         mesh = self
+        taken = sorted(set(parts) & {name for name, _ in self.names})
+        if taken:
+            raise ShardingError(
+                f"refine({taken[0]}={parts[taken[0]]}): the mesh has an axis {taken[0]!r} already. "
+                "Give the part a name of its own."
+            )
         for name, size in sorted(parts.items(), key=lambda item: item[1]):
             mesh = mesh._refine(name, size)
         return mesh
@@ -99,7 +105,8 @@ class Mesh:
                 inner.insert(0, axis)
                 left //= n
             elif n % left == 0:
-                part = f"{axis}.{left}"
+                # Named by its stride's end inside the axis, so that a second split is not "tp.2" too.
+                part = f"{axis}.{left * _product_of_parts(axis, atoms)}"
                 atoms[at : at + 1] = [(axis, n // left), (part, left)]
                 inner.insert(0, part)
                 table = {
@@ -140,3 +147,8 @@ class Mesh:
 
     def __str__(self) -> str:
         return " ".join(f"{name}={size}" for name, size in self.atoms) or "one device"
+
+
+def _product_of_parts(axis: str, atoms: list[tuple[str, int]]) -> int:
+    """Return how many ranks the parts split off an axis so far span."""
+    return math.prod(size for name, size in atoms if name.startswith(f"{axis}."))

@@ -1,7 +1,7 @@
 """Lower a whole model: one program per segment and block kind, with one sync per leaf."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from torch import fx
 
 from megatree.functional.chain import Chain, Segment, Stack
-from megatree.functional.param import Array, Param, unstacked
+from megatree.functional.param import Array, Param, padded_shape, unstacked
 from megatree.functional.tree import flatten_with_names, path_name
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.layout import Layout
 from megatree.parallel.lower import Traced, trace
 from megatree.parallel.program import Program
+from megatree.parallel.tracer import Tracer
 from megatree.parallel.types import ShardType
 
 
@@ -103,13 +104,8 @@ def lower_model(model: Chain, layout: Layout) -> ModelProgram:
     carry: Any = None
     for name, segment in model.segments.items():
         if isinstance(segment, Stack):
-            for kind in segment.params:
-                unit = f"{name}.{kind}"
-                traces[unit], after = _trace_segment(
-                    model, layout, unit, segment.kinds[kind], carry,
-                    {**const_types, "layer": Array("", torch.int64)},
-                )
-                _check_fixed_point(unit, carry, after)
+            stack, carry = _trace_stack(model, layout, name, segment, carry, const_types)
+            traces.update(stack)
             order += [
                 (f"{name}.{kind}", index, number)
                 for number, (kind, index) in enumerate(segment.layers())
@@ -157,6 +153,29 @@ def _lower_consts(model: Chain, layout: Layout) -> tuple[Program, tuple[str, ...
     return traced.finish(), tuple(names)
 
 
+def _trace_stack(
+    model: Chain,
+    layout: Layout,
+    name: str,
+    stack: Stack,
+    carry: Any,
+    consts: Mapping[str, ShardType],
+) -> tuple[dict[str, tuple[Traced, dict[str, str]]], Any]:
+    """Trace the kinds of a stack; a carry that takes a gradient after one layer takes it in all."""
+    consts = {**consts, "layer": Array("", torch.int64)}  # type: ignore[dict-item]
+    while True:
+        traces, entry = {}, carry
+        for kind in stack.params:
+            unit = f"{name}.{kind}"
+            traces[unit], after = _trace_segment(
+                model, layout, unit, stack.kinds[kind], entry, consts
+            )
+            _check_fixed_point(unit, entry, after)
+            carry = optree.tree_map(lambda a, b: replace(a, grad=a.grad or b.grad), carry, after)
+        if carry == entry:
+            return traces, carry
+
+
 def _trace_segment(
     model: Chain,
     layout: Layout,
@@ -175,9 +194,23 @@ def _trace_segment(
         leaves[local] = path
     apply = partial(_call, segment.apply, model.cfg)
     apply.__name__ = name  # type: ignore[attr-defined]
-    traced = trace(apply, layout, w, carry, dict(consts), sizes=model.sizes, dtype=model.dtype)
+    tracer = Tracer(layout, _unpadded_sizes(model))
+    traced = trace(
+        apply, layout, w, carry, dict(consts), sizes=model.sizes, dtype=model.dtype, tracer=tracer
+    )
     after, _ = optree.tree_unflatten(traced.out_tree, list(traced.out_types))
-    return (traced, {local: leaves[local] for local in sorted(leaves)}), after
+    return (traced, {local: leaves[local] for local in flatten_with_names(w)[0]}), after
+
+
+def _unpadded_sizes(model: Chain) -> dict[str, int]:
+    """Return the sizes that a name must have in every segment: those that no leaf pads."""
+    names, leaves, _ = flatten_with_names(model.params)
+    sizes = dict(model.sizes)
+    for name, leaf in zip(names, leaves, strict=True):
+        for axis, size in zip(leaf.names, padded_shape(leaf, model.sizes, name), strict=True):
+            if sizes.get(axis, size) != size:
+                del sizes[axis]
+    return sizes
 
 
 def _call(fn: Callable[..., Any], cfg: Any, w: Any, carry: Any, consts: Any) -> Any:

@@ -1,6 +1,7 @@
 """A lowered program: a graph over local tensors with its types, collectives and gradient syncs."""
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +91,12 @@ class Program:
                 if src.grad:
                     dual = plan_move(dst.dual, src.dual)
                     backward += self._steps(dual, dst, source, "backward")
-            for call in node.meta.get("calls", ()):
-                forward.append(Collective(source, call.kind, call.axes, call.bytes, "forward"))
+            calls = [
+                Collective(source, call.kind, call.axes, call.bytes, call.phase)
+                for call in node.meta.get("calls", ())
+            ]
+            forward += [call for call in calls if call.phase == "forward"]
+            backward += [call for call in calls if call.phase == "backward"][::-1]
         sync = [
             Collective(path, "psum", axes, self._bytes(self.types[path]), "sync")
             for path, axes in self.sync.items()
@@ -157,7 +162,7 @@ class Program:
             if node.op == "placeholder":
                 role = "leaf" if node.meta["leaf"] else "input"
                 rows.append(f"  {role:<18} {node.meta['path']:<42} {node.meta['type']}")
-            elif node.op == "call_function" and not isinstance(node.meta["type"], tuple):
+            elif node.op == "call_function" and not _is_part(node):
                 rows.append(self._row(node))
         for axes in sorted(set(self.sync.values())):
             if axes:
@@ -180,9 +185,19 @@ class Program:
             what = f"> {forward} | {backward if src.grad else '-'}"
             what += f"  [{_human(moved)}]" if moved else ""
         elif node.meta.get("calls"):
-            kinds = ", ".join(f"{c.kind}({'.'.join(c.axes)})" for c in node.meta["calls"])
-            what += f" ({kinds})"
-        return f"  {node.meta['source']:<18} {what:<58} {node.meta['type']}"
+            sides = ["", ""]
+            for call in node.meta["calls"]:
+                side = call.phase == "backward"
+                sides[side] += f" + {call.kind}({'.'.join(call.axes)})"
+            what += f" > {sides[0][3:] or '-'} | {sides[1][3:] or '-'}"
+        ty = node.meta["type"]
+        types = ", ".join(map(str, ty)) if isinstance(ty, tuple) else str(ty)
+        return f"  {node.meta['source']:<18} {what:<58} {types}"
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether a node only takes one of several results of another."""
+    return node.target is operator.getitem and isinstance(node.args[0].meta["type"], tuple)
 
 
 def _human(size: int) -> str:

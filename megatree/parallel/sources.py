@@ -3,7 +3,10 @@
 import sys
 from pathlib import Path
 
+import torch
+
 _PACKAGE = Path(__file__).resolve().parent.parent
+_TORCH = str(Path(torch.__file__).parent)
 _INSIDE = tuple(str(_PACKAGE / part) for part in ("functional", "parallel", "runtime"))
 
 
@@ -12,7 +15,7 @@ def user_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_INSIDE) and "/torch/" not in name and name[0] != "<":
+        if not name.startswith(_INSIDE) and not name.startswith(_TORCH) and name[0] != "<":
             return f"{'/'.join(Path(name).parts[-2:])}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"

@@ -76,8 +76,10 @@ class Threads:
 
     def _check_deadlock(self) -> None:
         if self.error is None and self.live and len(self.waiting) == self.live:
-            places = "; ".join(f"rank {r} waits in {w}" for r, w in sorted(self.waiting.items()))
-            self.error = SimulationError(f"deadlock: {places}.")
+            places = [f"rank {r} waits in {w}" for r, w in sorted(self.waiting.items())]
+            gone = sorted(set(range(len(self.points))) - set(self.waiting))
+            places += [f"ranks {gone} have finished"] if gone else []
+            self.error = SimulationError(f"deadlock: {'; '.join(places)}.")
 
     def block(self, rank: int, what: str, ready: Callable[[], bool]) -> None:
         """Wait (lock held) until `ready`, or until another rank failed or all ranks wait."""

@@ -13,11 +13,13 @@ from megatree.functional.op import OpRule
 from megatree.functional.param import axis_names
 from megatree.functional.signature import Signature, parse
 from megatree.parallel import hazards
+from megatree.parallel.bodies import trace_body, try_locally
 from megatree.parallel.comm import move
 from megatree.parallel.engine import Inference, Refusal, infer
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.layout import Layout, check_spec
 from megatree.parallel.ops import RULES
+from megatree.parallel.ops.rule import canonical
 from megatree.parallel.scoped import scoped_op
 from megatree.parallel.sources import user_line
 from megatree.parallel.typed import TypedTensor, map_structure, typed_leaves
@@ -27,12 +29,18 @@ Localise = Callable[[list[ShardType], tuple[Any, ...], dict[str, Any]], tuple[An
 
 
 class Tracer:
-    """One trace: the graph so far, the sizes that names are bound to, and the free I -> R moves."""
+    """One trace: the graph so far, the sizes that names are bound to, and the free I -> R moves.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        layout: mesh and rules.
+        sizes: axis name -> the size it must have wherever it is used.
+    """
+
+    def __init__(self, layout: Layout, sizes: Mapping[str, int] | None = None) -> None:
         self.layout = layout
         self.mesh_sizes = layout.mesh.sizes
         self.graph = fx.Graph()
+        self.sizes = sizes or {}
         self.bound: dict[str, tuple[int, str]] = {}
         self.widened: dict[tuple[fx.Node, frozenset[str]], TypedTensor] = {}
         self.contexts = hazards.snapshot()
@@ -55,7 +63,8 @@ class Tracer:
         """Bind a logical axis name to a size; a second size is an error."""
         if name == "_":
             return
-        known, where = self.bound.setdefault(name, (size, place))
+        first = (self.sizes[name], "the model's sizes") if name in self.sizes else (size, place)
+        known, where = self.bound.setdefault(name, first)
         if known != size:
             raise ShardingError(
                 f"{place}: axis {name!r} has size {size} here and size {known} at {where}. "
@@ -148,6 +157,7 @@ class Tracer:
         )
         if localise is not None:
             args, kwargs = localise(types, args, dict(kwargs))
+        calls: list[Any] = []
         if comm_table:
             table = {
                 label: axes
@@ -155,8 +165,12 @@ class Tracer:
                 for label, axes in zip(labels, x.type_.spec, strict=True)
                 if label is not None
             }
+            if any(table.get(label) for label in sig.own):
+                _, calls = try_locally(func, table, self.mesh_sizes, args, kwargs)
             args, func = (func, table, *args), scoped_op
-        return self.emit(func, args, kwargs, types, metas, op=name, single=single)
+        out = self.emit(func, args, kwargs, types, metas, op=name, single=single)
+        (out.node if single else out[0].node.args[0]).meta["calls"] = tuple(calls)
+        return out
 
     def infer(self, name: str, sig: Signature, operands: Sequence[TypedTensor]) -> Inference:
         """Type an op, or say where its operands come from and why it is refused."""
@@ -200,6 +214,11 @@ class Tracer:
     def declared_op(self, rule: OpRule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Type and emit a call of a function declared with `op`."""
         operands = [x for x in args if isinstance(x, TypedTensor)]
+        if extra := [key for key, value in kwargs.items() if typed_leaves(value)]:
+            raise ShardingError(
+                f"{user_line()}: {rule.name}: option {extra[0]!r} is a tensor, and options are "
+                "static. Make it an operand (before the * of the op's parameters)."
+            )
         ranks = [x.dim() for x in operands]
         text = rule.signature if isinstance(rule.signature, str) else rule.signature(ranks)
         try:
@@ -260,15 +279,13 @@ class Tracer:
         rule = RULES.get(func)
         if not operands and (rule is None or not rule.is_factory):
             return func(*args, **kwargs)  # a constant of plain tensors; mixing it in is refused
-        name = getattr(func, "__name__", str(func)).strip("_")
+        name = _name_of(func)
         hazards.check(self, name, func, args, kwargs, operands)
         if func is shard:
             return self.shard(*args, **kwargs)
         if func is as_partial:
             return self.as_partial(*args, **kwargs)
         if hasattr(func, "local_map"):
-            from megatree.parallel.bodies import trace_body
-
             return trace_body(self, func.local_map, args)
         if hasattr(func, "rule"):
             return self.declared_op(func.rule, args, kwargs)
@@ -278,7 +295,15 @@ class Tracer:
                 f"{user_line()}: no sharding rule for {name} (operands {types}). Declare it with "
                 "@op(\"...\"), write it with the vocabulary, or wrap the code in local_map."
             )
-        return rule.apply(self, name, func, args, kwargs)
+        return rule.apply(self, name, func, *canonical(args, kwargs))
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    """Return a torch function's name; that of the attribute for the getter of a property."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        name = getattr(func.__self__, "__name__", name)  # type: ignore[attr-defined]
+    return name.strip("_")
 
 
 def _plain(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The one planner: from any type to any type of the same global value, in at most two collectives."""
+"""The one planner: from any type to any type of a value, each mesh axis in at most one collective."""
 
 import itertools
 from dataclasses import dataclass
@@ -41,9 +41,9 @@ def plan_move(src: ShardType, dst: ShardType) -> tuple[Step, ...]:
     Common prefixes of a dim's mesh axes stay. Suffixes leave innermost first, in runs of one fate:
     all-to-all if the run is next in line on its target dim, else all-gather, or zero-padding into a
     pending sum. Axes enter outer to inner: reduce-scatter where the value is a pending sum, else a
-    slice. What is still pending is summed last, on the smallest payload. I and R are the same
-    forward; they differ in the dual: the backward of `move(x, src, dst)` is
-    `move(g, dst.dual, src.dual)`.
+    slice. What is still pending is summed where the payload is smallest: last, or first if axes
+    only leave. I and R are the same forward; they differ in the dual: the backward of
+    `move(x, src, dst)` is `move(g, dst.dual, src.dual)`.
 
     Raises:
         AssertionError: the global shapes differ.
@@ -105,7 +105,8 @@ def plan_move(src: ShardType, dst: ShardType) -> tuple[Step, ...]:
     summed = tuple(axis for axis in uncut if state[axis] == P and goal[axis] != P)
     masked = tuple(axis for axis in uncut if state[axis] != P and goal[axis] == P)
     if summed:
-        steps.append(Step("psum", summed))
+        only_grows = set(target) < {axis for axes in src.spec for axis in axes}
+        steps.insert(0 if only_grows else len(steps), Step("psum", summed))
     if masked:
         steps.append(Step("mask", masked))
     return tuple(steps)

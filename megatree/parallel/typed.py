@@ -40,8 +40,12 @@ class TypedTensor(Tensor):
             raise ShardingError(f"{func}: no typed operand. Pass typed tensors directly.")
         return operand.tracer.dispatch(func, args, kwargs or {})
 
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"TypedTensor({self.type_})"
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        local = "" if self.value is None else f", local {self.value!r}"
+        return f"TypedTensor({self.type_}{local})"
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
 
 
 class Tracing(TorchFunctionMode):

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx
 
+from megatree.parallel.bodies import run_body
 from megatree.parallel.comm import move
 from megatree.parallel.transitions import only_widens
-from megatree.parallel.types import I, R, ShardType
+from megatree.parallel.types import I, R, S, ShardType
 
 
 def is_move(node: fx.Node) -> bool:
@@ -21,6 +22,76 @@ def widening(node: fx.Node) -> frozenset[str]:
 def wanted(node: fx.Node) -> frozenset[str]:
     """Return the axes over which some use of a value is I -> R."""
     return frozenset().union(*(widening(user) for user in node.users))
+
+
+def push_up(graph: fx.Graph) -> None:
+    """Move I -> R from the results of ops up to leaves and transitions, changing the graph in place.
+
+    An op whose operands are all I over an axis may be computed with R operands and an R result
+    instead. That is worth it if every operand that takes a gradient comes, through such ops, from
+    a leaf (the sum then runs once per step) or a transition that gathers the axis (the sum merges
+    with the slice in its dual to a reduce-scatter).
+    """
+    for node in reversed(graph.nodes):
+        if not _may_push(node):
+            continue
+        axes = frozenset(a for a in wanted(node) if _absorbs_above(node, a))
+        if axes:
+            for operand in _flowing(node):
+                wide = operand.meta["type"].with_kinds(dict.fromkeys(axes, R))
+                source = operand.args[0] if widening(operand) else operand
+                node.replace_input_with(operand, _moved(graph, source, wide, node))
+            _retype(graph, node, node.meta["type"].with_kinds(dict.fromkeys(axes, R)))
+
+
+def _may_push(node: fx.Node) -> bool:
+    ty = node.meta.get("type")
+    return (
+        node.op == "call_function"
+        and not is_move(node)
+        and node.target is not run_body
+        and isinstance(ty, ShardType)
+        and ty.grad
+    )
+
+
+def _flowing(node: fx.Node) -> list[fx.Node]:
+    """Return the operands that take a gradient."""
+    types = [(operand, operand.meta["type"]) for operand in node.all_input_nodes]
+    return [x for x, ty in types if not isinstance(ty, ShardType) or ty.grad]
+
+
+def _absorbs_above(node: fx.Node, axis: str) -> bool:
+    """Whether every operand of an op can be R over an axis at no communication of its own."""
+    return node.meta["type"].state(axis) == I and all(
+        _absorbs(operand, axis) for operand in _flowing(node)
+    )
+
+
+def _absorbs(node: fx.Node, axis: str) -> bool:
+    ty = node.meta["type"]
+    if not isinstance(ty, ShardType) or ty.state(axis) not in (I, R):
+        return False
+    if node.op == "placeholder":
+        return node.meta["leaf"]
+    if is_move(node):
+        if widening(node):
+            return ty.state(axis) == R or _absorbs(node.args[0], axis)
+        return ty.state(axis) == R or node.args[1].state(axis) == S
+    return _may_push(node) and (ty.state(axis) == R or _absorbs_above(node, axis))
+
+
+def _moved(graph: fx.Graph, x: fx.Node, wide: ShardType, before: fx.Node) -> fx.Node:
+    """Return the value under a wider type, by a transition that exists or a new one."""
+    if x.meta["type"] == wide:
+        return x
+    for user in x.users:
+        if is_move(user) and user.args[2] == wide and user < before:
+            return user
+    with graph.inserting_before(before):
+        out = graph.call_function(move, (x, x.meta["type"], wide))
+    out.meta.update(type=wide, source=before.meta["source"], op="move")
+    return out
 
 
 def leaf_needs(graph: fx.Graph) -> dict[str, frozenset[str]]:

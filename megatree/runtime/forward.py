@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatree.parallel.codegen import generate
-from megatree.parallel.comm import Axes, RankComm
+from megatree.parallel.comm import Axes, OneDevice, RankComm
+from megatree.parallel.layout import Layout
 from megatree.parallel.model import ModelProgram
 
 Leaves = Mapping[tuple[str, int | None], Sequence[Tensor]]
@@ -39,6 +40,20 @@ def needed_axes(program: ModelProgram) -> list[Axes]:
         found |= part.table_axes
         found |= {ty.axes_in("P") for ty in part.out_types}
     return sorted(axes for axes in found if axes)
+
+
+def one_device(layout: Layout) -> OneDevice:
+    """Return the comm of a layout of one rank.
+
+    Raises:
+        ValueError: the layout has more ranks.
+    """
+    if layout.mesh.num_ranks != 1:
+        raise ValueError(
+            f"comm: the layout has {layout.mesh.num_ranks} ranks ({layout.mesh}) and no comm is "
+            "given. Pass comm=ProcessComm(layout.mesh) in each of as many processes (see launch)."
+        )
+    return OneDevice()
 
 
 class BoundModel:

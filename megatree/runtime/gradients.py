@@ -11,7 +11,7 @@ from megatree.functional.chain import Chain
 from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import Layout
 from megatree.parallel.model import ModelProgram, lower_model
-from megatree.runtime.forward import BoundModel
+from megatree.runtime.forward import BoundModel, one_device
 from megatree.runtime.packing import Group, pack, store, views
 
 TermKey = tuple[str, int, str]
@@ -187,7 +187,7 @@ def make_gradients(
 
 
 def value_and_grad(
-    model: Chain, layout: Layout, *, comm: RankComm
+    model: Chain, layout: Layout, *, comm: RankComm | None = None
 ) -> Callable[[Any, Sequence[Mapping[str, Tensor]]], tuple[dict[str, Tensor], Any]]:
     """Return a function of (local parameters, local microbatches) to loss terms and local gradients.
 
@@ -196,7 +196,7 @@ def value_and_grad(
     Args:
         model: a chain.
         layout: mesh and rules.
-        comm: this rank's collectives.
+        comm: this rank's collectives; None for a layout of one rank.
 
     Returns:
         A function of a tree of local parameters (as `init(..., layout=, coords=)` gives) and a
@@ -206,7 +206,7 @@ def value_and_grad(
     Raises:
         ShardingError: the model cannot be typed under this layout.
     """
-    gradients = make_gradients(lower_model(model, layout), comm)
+    gradients = make_gradients(lower_model(model, layout), comm or one_device(layout))
 
     def run(
         params: Any, microbatches: Sequence[Mapping[str, Tensor]]

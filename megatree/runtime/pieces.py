@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatree.functional.param import Box, Param, logical_shape
 from megatree.functional.tree import flatten_with_names
-from megatree.io.checkpoint import Piece, load, load_extra, save
+from megatree.io import checkpoint
+from megatree.io.checkpoint import Piece
 from megatree.io.world import World
 from megatree.parallel.layout import spec_box
 from megatree.runtime.step import TrainState, TrainStep
@@ -56,8 +57,13 @@ def _inside(box: Box, shape: tuple[int, ...]) -> Box:
     return tuple((min(a, n), min(b, n)) for (a, b), n in zip(box, shape, strict=True))
 
 
-def save_state(
-    path: str, step: TrainStep, state: TrainState, world: World, *, extra: Mapping[str, Any]
+def save(
+    path: str,
+    step: TrainStep,
+    state: TrainState,
+    world: World,
+    *,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint of a training state; every rank calls it.
 
@@ -68,10 +74,11 @@ def save_state(
         world: the processes.
         extra: small values to keep beside the arrays (consumed samples, configuration).
     """
-    save(path, state_pieces(step, state), world=world, extra={**extra, "step": state.step})
+    extra = {**(extra or {}), "step": state.step}
+    checkpoint.save(path, state_pieces(step, state), world=world, extra=extra)
 
 
-def load_state(path: str, step: TrainStep, world: World) -> tuple[TrainState, dict[str, Any]]:
+def load(path: str, step: TrainStep, world: World) -> tuple[TrainState, dict[str, Any]]:
     """Read a checkpoint, written under any layout, into this layout's buffers; every rank calls it.
 
     Returns:
@@ -83,7 +90,7 @@ def load_state(path: str, step: TrainStep, world: World) -> tuple[TrainState, di
     params = step.gradients.params
     state = TrainState(0, params, step.optimizer.init(params))
     with torch.no_grad():
-        load(path, state_pieces(step, state), world=world)
-    extra = world.broadcast(world.on_first(lambda: load_extra(path)))
+        checkpoint.load(path, state_pieces(step, state), world=world)
+    extra = world.broadcast(world.on_first(lambda: checkpoint.load_extra(path)))
     state.step = int(extra.pop("step"))
     return state, extra

@@ -14,6 +14,7 @@ from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import Layout, spec_box
 from megatree.parallel.model import ModelProgram, lower_model
 from megatree.runtime.adamw import Optimizer
+from megatree.runtime.forward import one_device
 from megatree.runtime.gradients import Gradients, make_gradients
 from megatree.runtime.norm import clip_factor, global_norm
 from megatree.runtime.packing import Group, decays_matrices, pack, store, views
@@ -159,7 +160,7 @@ def train_step(
     layout: Layout,
     optimizer: Optimizer,
     *,
-    comm: RankComm,
+    comm: RankComm | None = None,
     max_norm: float | None = 1.0,
     seed: int = 0,
     decays: Callable[[str, int], bool] = decays_matrices,
@@ -171,7 +172,7 @@ def train_step(
         model: a chain; its sizes are those of one microbatch over all ranks.
         layout: mesh and rules.
         optimizer: (init, update), see `adamw`.
-        comm: this rank's collectives.
+        comm: this rank's collectives; None for a layout of one rank.
         max_norm: clip the global norm of the gradients to this; None leaves them.
         seed: of parameters and dropout.
         decays: (path, number of dims) -> whether weight decay applies.
@@ -185,5 +186,7 @@ def train_step(
     """
     program = lower_model(model, layout)
     groups = pack(program, decays=decays)
-    gradients = make_gradients(program, comm, groups=groups, transform=transform)
+    gradients = make_gradients(
+        program, comm or one_device(layout), groups=groups, transform=transform
+    )
     return TrainStep(program, gradients, optimizer, max_norm, seed)

@@ -36,11 +36,18 @@ def einsum(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> An
             f"{user_line()}: einsum {text!r}: {len(operands)} operands, and the output must be "
             'written out. Write it as "a b, b c -> a c".'
         )
-    dots = next((x.dim() - len(p) + 3 for p, x in zip(parts, operands, strict=True) if "..." in p), 0)
+    dots = {x.dim() - len(p) + 3 for p, x in zip(parts, operands, strict=True) if "..." in p}
+    if len(dots) > 1 or any(
+        len(p) != x.dim() for p, x in zip(parts, operands, strict=True) if "..." not in p
+    ):
+        raise ShardingError(
+            f"{user_line()}: einsum {text!r}: operands have {[x.dim() for x in operands]} dims. "
+            'Give every dim a label; "..." stands for as many dims in every operand.'
+        )
 
     def labels(part: str) -> list[str]:
         before, dot, after = part.partition("...")
-        return [*before, *(f"...{i}" for i in range(dots if dot else 0)), *after]
+        return [*before, *(f"...{i}" for i in range(max(dots, default=0) if dot else 0)), *after]
 
     sig = contraction([labels(p) for p in parts], labels(right))
     return tracer.operation(f"einsum {text!r}", func, args, kwargs, sig)
@@ -71,7 +78,7 @@ def matmul(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> An
 
 def linear(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Type F.linear; a bias is refused where the product is a pending sum (it would count n times)."""
-    x, w = args[:2]
+    x, w = args[0], argument(args, kwargs, 1, "weight")
     bias = argument(args, kwargs, 2, "bias")
     lead = [str(i) for i in range(x.dim() - 1)]
     if bias is None:

@@ -3,11 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.ops.rule import Rule, table
 from megatree.parallel.scoped import factory
 from megatree.parallel.sources import user_line
+from megatree.parallel.typed import typed_leaves
 from megatree.parallel.types import make_type
 
 if TYPE_CHECKING:
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 
 def constant(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Type a constant: I on every mesh axis, at its global shape, on the rank's device."""
+    operands = typed_leaves((args, kwargs))
+    if operands:
+        raise ShardingError(
+            f"{user_line()}: {name}: makes a constant from a typed tensor ({operands[0].type_}), whose "
+            "value flows into Python. Use the tensor itself (x.expand, torch.stack)."
+        )
     kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
     meta = func(*args, **kwargs, device="meta")
     shape = tuple(meta.shape)
@@ -33,9 +41,17 @@ def random(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> An
     )
 
 
+def uninitialised(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """Refuse memory as it is: every rank's holds something else."""
+    raise ShardingError(
+        f"{user_line()}: {name} holds what the rank's memory held, and no later write is kept. "
+        "Use torch.zeros, or the result of the op that would fill it."
+    )
+
+
 TABLE = {
     **table(
-        "arange zeros ones full empty eye linspace tensor scalar_tensor tril_indices".split(),
+        "arange zeros ones full eye linspace tensor scalar_tensor tril_indices".split(),
         Rule(constant, is_factory=True),
     ),
     **table(
@@ -43,4 +59,6 @@ TABLE = {
         multinomial dropout alpha_dropout feature_dropout""".split(),
         Rule(random, is_factory=True),
     ),
+    **table(["empty", "empty_like"], Rule(uninitialised, is_factory=True)),
 }
+del TABLE[Tensor.__rand__]  # `1 & x`, found under the name of torch.rand

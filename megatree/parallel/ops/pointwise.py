@@ -5,10 +5,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from megatree.functional.signature import Signature
-from megatree.parallel.ops.rule import Rule, table
-from megatree.parallel.typed import TypedTensor, map_structure, typed_leaves
+from megatree.parallel.errors import ShardingError
+from megatree.parallel.ops.rule import Rule, argument, plain_call, table
+from megatree.parallel.sources import user_line
+from megatree.parallel.typed import TypedTensor, typed_leaves
 from megatree.parallel.types import make_type
 
 if TYPE_CHECKING:
@@ -31,17 +34,16 @@ def _each(args: tuple[Any, ...], operands: list[TypedTensor]) -> list[list[int]]
 
 def _jointly(args: tuple[Any, ...], operands: list[TypedTensor]) -> list[list[int]]:
     """A sum: pending sums may be added to pending sums only, never to a number other than 0."""
-    if any(isinstance(a, int | float) and a != 0 for a in args[:2]):
+    if any(not isinstance(a, TypedTensor) and a != 0 for a in args[:2]):
         return []
     return [list(range(len(operands)))]
 
 
 def _where(args: tuple[Any, ...], operands: list[TypedTensor]) -> list[list[int]]:
-    values = args[1:]
-    if any(not isinstance(a, TypedTensor) and a != 0 for a in values):
+    """A choice: both values pending, or one and the other 0."""
+    if any(not isinstance(a, TypedTensor) and a != 0 for a in args[1:]):
         return []
-    first = sum(isinstance(a, TypedTensor) for a in args[:1])
-    return [list(range(first, len(operands)))]
+    return [list(range(1, len(operands)))]
 
 
 def _masked_fill(args: tuple[Any, ...], operands: list[TypedTensor]) -> list[list[int]]:
@@ -67,21 +69,51 @@ def pointwise(
     """Type a function whose output has the broadcast shape of its operands."""
     operands = typed_leaves((args, kwargs))
     ins, out = broadcast_labels(operands)
+    values = (*args, *(kwargs[k] for k in ("input", "other", "mask", "value") if k in kwargs))
     sig = Signature(
         operands=tuple(map(tuple, ins)),
         outputs=(tuple(out),),
-        linear=tuple(map(frozenset, linear(args, operands))),
+        linear=tuple(map(frozenset, linear(values, operands))),
     )
     return tracer.operation(name, func, args, kwargs, sig)
 
 
+def divide(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """Type a quotient: linear in the numerator unless it is rounded."""
+    linear = _first if kwargs.get("rounding_mode") is None else _nothing
+    return pointwise(tracer, name, func, args, kwargs, linear=linear)
+
+
+def where(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """Type a choice between two values."""
+    if func is Tensor.where:  # x.where(condition, y) is torch.where(condition, x, y)
+        args = (argument(args, kwargs, 1, "condition"), args[0], *args[2:])
+        kwargs = {key: value for key, value in kwargs.items() if key != "condition"}
+    if "condition" in kwargs:
+        args, kwargs = (kwargs["condition"], *args), {k: v for k, v in kwargs.items() if k != "condition"}
+    if len(args) + len(kwargs) < 3:
+        raise ShardingError(
+            f"{user_line()}: where(condition): the result's shape depends on data. "
+            "Give both values, or use a local_map."
+        )
+    return pointwise(tracer, name, torch.where, args, kwargs, linear=_where)
+
+
+def convert(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """Type a cast; a pending sum may not be rounded to integers."""
+    x, meta = args[0], plain_call(func, args, kwargs)
+    if not isinstance(meta, Tensor):
+        return meta  # x.type(), a name
+    dtype = meta.dtype
+    rounds = x.dtype.is_floating_point and not dtype.is_floating_point
+    linear = _nothing if rounds or dtype == torch.bool else _first
+    return pointwise(tracer, name, Tensor.to, (x, dtype), {}, linear=linear)
+
+
 def like(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Type zeros_like and such: laid out like the operand, the same on all other axes."""
-    (x,) = typed_leaves((args, kwargs))
-    plain_args, plain_kwargs = map_structure(
-        lambda a: a.plain if isinstance(a, TypedTensor) else a, (args, kwargs)
-    )
-    meta = func(*plain_args, **plain_kwargs)
+    x = args[0]
+    meta = plain_call(func, args, kwargs)
     ty = make_type(tuple(meta.shape), meta.dtype, x.type_.spec, tracer.mesh_sizes)
     return tracer.emit(func, args, kwargs, [ty], [meta], op=name)
 
@@ -102,19 +134,21 @@ leaky_relu log log10 log1p log2 logaddexp logical_and logical_or logical_not log
 logsigmoid lt maximum minimum mod ne nan_to_num pow reciprocal relu relu6 remainder round rsqrt
 selu sigmoid sign silu sin sinh softplus sqrt square tan tanh trunc xlogy
 bitwise_and bitwise_or bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift
-and or xor invert lshift rshift rpow rfloordiv rmod rdiv rtruediv rlshift rrshift rand ror rxor
-int long short bool
+and or xor invert lshift rshift rpow rfloordiv rmod rdiv rtruediv rlshift rrshift ror rxor
 """.split()
-_MAPS = "neg negative positive pos float double half bfloat16 to type type_as contiguous clone real".split()
+_MAPS = "neg negative positive pos contiguous clone real".split()
+_CASTS = "float double half bfloat16 int long short bool to type type_as".split()
 
 TABLE = {
     **table(_NONLINEAR, Rule(partial(pointwise, linear=_nothing))),
     **table(_MAPS, Rule(partial(pointwise, linear=_first))),
+    **table(_CASTS, Rule(convert)),
     **table(["add", "sub", "subtract", "radd", "rsub"], Rule(partial(pointwise, linear=_jointly))),
     **table(["mul", "multiply", "rmul"], Rule(partial(pointwise, linear=_each))),
-    **table(["div", "divide", "true_divide", "truediv"], Rule(partial(pointwise, linear=_first))),
-    **table(["where"], Rule(partial(pointwise, linear=_where))),
+    **table(["div", "divide", "true_divide", "truediv"], Rule(divide)),
+    **table(["where"], Rule(where)),
     **table(["masked_fill"], Rule(partial(pointwise, linear=_masked_fill))),
     **table(["zeros_like", "ones_like", "full_like"], Rule(like)),
     **table(["detach"], Rule(detach)),
+    Tensor.__rand__: Rule(partial(pointwise, linear=_nothing)),  # not torch.rand
 }

@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from megatree.functional.signature import Signature
 from megatree.parallel.ops.rule import Rule, argument, dims_of, table
@@ -44,14 +45,15 @@ def total(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any
     return sums * (1.0 / math.prod(x.type_.shape[d] for d in dims))
 
 
-def whole_reduction(
-    tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any, *, all_by_default: bool = True
-) -> Any:
+def whole_reduction(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Type reductions that are no sum (amax, logsumexp, argmax): the reduced dims stay whole."""
     x = args[0]
     dim = argument(args, kwargs, 1, "dim")
+    if isinstance(argument(args, kwargs, 1, "other"), Tensor):  # max(x, y), of two tensors
+        binary = torch.maximum if name == "max" else torch.minimum
+        return tracer.dispatch(binary, args, kwargs)
     keepdim = bool(argument(args, kwargs, 2, "keepdim", False))
-    pair = name in ("max", "min", "sort") and dim is not None
+    pair = name in ("max", "min") and dim is not None
     sig = _signature(
         x.dim(), dims_of(x, dim), keepdim, whole=True, linear=False, outputs=2 if pair else 1
     )
@@ -85,6 +87,12 @@ def along(
     return getattr(torch.return_types, name)(out) if outputs > 1 else out
 
 
+def flip(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """Type a reversal of dims, which are whole."""
+    dims = kwargs["dims"] if "dims" in kwargs else args[1] if len(args) == 2 else args[1:]
+    return along(tracer, name, torch.flip, (args[0], dims), {}, linear=True)
+
+
 def norm(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Type F.layer_norm and F.rms_norm: the normalised dims are whole."""
     x, shape = args[0], argument(args, kwargs, 1, "normalized_shape")
@@ -95,7 +103,20 @@ def norm(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
     return tracer.operation(name, func, args, kwargs, sig)
 
 
+def triangle(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """Type tril and triu, which look at indices of the last two dims: both whole."""
+    labels = tuple(str(d) for d in range(args[0].dim()))
+    sig = Signature(
+        operands=(labels,),
+        outputs=(labels,),
+        whole=frozenset(labels[-2:]),
+        linear=(frozenset([0]),),
+    )
+    return tracer.operation(name, func, args, kwargs, sig)
+
+
 TABLE = {
+    **table(["tril", "triu"], Rule(triangle)),
     **table(["sum", "mean"], Rule(total)),
     **table(
         "amax amin max min logsumexp argmax argmin all any prod count_nonzero".split(),
@@ -107,6 +128,6 @@ TABLE = {
     **table(["sort"], Rule(partial(along, default=-1, outputs=2))),
     **table(["argsort"], Rule(partial(along, default=-1))),
     **table(["topk"], Rule(partial(along, position=2, default=-1, outputs=2))),
-    **table(["flip"], Rule(partial(along, linear=True))),
+    **table(["flip"], Rule(flip)),
     **table(["layer_norm", "rms_norm"], Rule(norm)),
 }

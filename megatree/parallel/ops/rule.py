@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatree.parallel.typed import TypedTensor, map_structure
+
 if TYPE_CHECKING:
     from megatree.parallel.tracer import Tracer
 
@@ -45,6 +47,19 @@ def table(names: Iterable[str], rule: Rule) -> dict[Callable[..., Any], Rule]:
     return {fn: rule for name in names for fn in functions(name)}
 
 
+_ALIASES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x1": "input", "x2": "other"}
+
+
+def canonical(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Spell arguments in torch's own words (its parser takes numpy's too), the input first."""
+    kwargs = {_ALIASES.get(key, key): value for key, value in kwargs.items()}
+    if not args and "input" in kwargs and "condition" not in kwargs:
+        args = (kwargs.pop("input"),)
+    return args, kwargs
+
+
 def argument(
     args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any = None
 ) -> Any:
@@ -52,8 +67,18 @@ def argument(
     return args[position] if len(args) > position else kwargs.get(name, default)
 
 
+def plain_call(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function on the meta tensors of the whole values, to learn shapes and dtypes."""
+
+    def plain(a: Any) -> Any:
+        return a.plain if isinstance(a, TypedTensor) else a
+
+    args, kwargs = map_structure(plain, (args, kwargs))
+    return func(*args, **kwargs)
+
+
 def dims_of(x: Tensor, dim: Any) -> list[int]:
-    """Return the non-negative dims that a `dim` argument names; all for None."""
-    if dim is None:
+    """Return the non-negative dims that a `dim` argument names; all for None and ()."""
+    if dim is None or dim == ():
         return list(range(x.dim()))
     return [d % max(x.dim(), 1) for d in ([dim] if isinstance(dim, int) else dim)]

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from megatree.functional.signature import Signature
 from megatree.parallel.errors import ShardingError
-from megatree.parallel.ops.rule import Rule, argument, dims_of, table
+from megatree.parallel.ops.rule import Rule, argument, dims_of, plain_call, table
 from megatree.parallel.sources import user_line
-from megatree.parallel.typed import TypedTensor, map_structure
 from megatree.parallel.types import ShardType
 
 if TYPE_CHECKING:
@@ -19,18 +18,16 @@ if TYPE_CHECKING:
 _LINEAR = (frozenset([0]),)
 
 
-def _meta(func: Any, args: Any, kwargs: Any) -> Any:
-    def plain(a: Any) -> Any:
-        return a.plain if isinstance(a, TypedTensor) else a
-
-    args, kwargs = map_structure(plain, (args, kwargs))
-    return func(*args, **kwargs)
-
-
 def reshape(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Type reshapes: a cut dim must be outermost in its group; sizes are made local."""
     x = args[0]
-    new = tuple(_meta(func, args, kwargs).shape)
+    whole = plain_call(func, args, kwargs)
+    if whole.dtype != x.dtype:
+        raise ShardingError(
+            f"{user_line()}: {name}: reads the bytes of {x.type_} as {whole.dtype}, which has no "
+            "sharding rule. Use F.cast for values, or a local_map for bytes."
+        )
+    new = tuple(whole.shape)
     labels, out = _groups(x.type_.shape, new)
     bad = [d for d, axes in enumerate(x.type_.spec) if axes and labels[d] is None]
     if bad:
@@ -81,7 +78,7 @@ def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[list[Any], list
 def transpose(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Type a permutation of dims."""
     x = args[0]
-    order = _meta(func, (_numbered(x.dim()), *args[1:]), kwargs).shape
+    order = plain_call(func, (_numbered(x.dim()), *args[1:]), kwargs).shape
     labels = tuple(str(d) for d in range(x.dim()))
     sig = Signature(
         operands=(labels,), outputs=(tuple(str(n - 1) for n in order),), linear=_LINEAR
@@ -118,7 +115,7 @@ def squeeze(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> A
 def expand(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Type broadcasts to a larger shape; sizes are made local."""
     x = args[0]
-    shape = tuple(_meta(func, args, kwargs).shape)
+    shape = tuple(plain_call(func, args, kwargs).shape)
     skip = len(shape) - x.dim()
     labels = tuple(
         str(skip + d) if n == shape[skip + d] else None for d, n in enumerate(x.type_.shape)
@@ -171,7 +168,7 @@ def split(
     out = tuple(label for label in labels if not (drop and label == at))
     sig = Signature(
         operands=(labels,),
-        outputs=(out,) * len(_meta(func, args, kwargs)),
+        outputs=(out,) * len(plain_call(func, args, kwargs)),
         whole=frozenset([at]),
         linear=_LINEAR,
     )
@@ -194,9 +191,10 @@ def getitem(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> A
     """Type basic indexing: a dim that is not taken whole may not be cut."""
     x, index = args
     items = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(i, Tensor | list) for i in items):
+    basic = (int, slice, type(None), type(Ellipsis))
+    if any(isinstance(i, bool) or not isinstance(i, basic) for i in items):
         raise ShardingError(
-            f"{user_line()}: indexing {x.type_} with a tensor has no sharding rule. "
+            f"{user_line()}: indexing {x.type_} with a tensor or list has no sharding rule. "
             "Use F.embedding, torch.where or a local_map."
         )
     used = sum(i is not None and i is not Ellipsis for i in items)
@@ -225,15 +223,24 @@ def getitem(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> A
     return tracer.operation("getitem", func, args, kwargs, sig)
 
 
-def gather(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
-    """Type gather along a whole dim with an index of the same other dims."""
+def gather(
+    tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any, *, positions: tuple[int, int]
+) -> Any:
+    """Type gather along a whole dim; where sizes differ, row i reads row i, so the dim is whole too."""
     x = args[0]
-    dim = argument(args, kwargs, 1, "dim")
+    dim = argument(args, kwargs, positions[0], "dim")
+    index = argument(args, kwargs, positions[1], "index", kwargs.get("indices"))
+    if dim is None or index.dim() != x.dim():
+        raise ShardingError(
+            f"{user_line()}: {name}: has a sharding rule for an index of as many dims as the value "
+            f"({x.dim()}) and a dim. Give both."
+        )
     labels = tuple(str(d) for d in range(x.dim()))
+    differ = {str(d) for d in range(x.dim()) if x.shape[d] != index.shape[d]}
     sig = Signature(
         operands=(labels, labels),
         outputs=(labels,),
-        whole=frozenset([str(dim % x.dim())]),
+        whole=frozenset({str(dim % x.dim()), *differ}),
         linear=_LINEAR,
     )
     return tracer.operation(name, func, args, kwargs, sig)
@@ -255,5 +262,6 @@ TABLE = {
     **table(["unbind"], Rule(partial(split, position=1, drop=True))),
     **table(["narrow", "select"], Rule(narrow)),
     **table(["getitem"], Rule(getitem)),
-    **table(["gather", "take_along_dim"], Rule(gather)),
+    **table(["gather"], Rule(partial(gather, positions=(1, 2)))),
+    **table(["take_along_dim"], Rule(partial(gather, positions=(2, 1)))),
 }

@@ -41,9 +41,9 @@ def test_no_part_is_smaller_than_a_block():
 
 
 def test_replicas_go_to_the_ranks_with_least_of_their_own():
-    own, shared = leaf("a", 100), leaf("b", 100)
-    held = [[(own, ((0, 100),)), (shared, ((0, 100),))], [(shared, ((0, 100),))]]
-    assert assign(held, "c", block_bytes=400) == [[(own, ((0, 100),))], [(shared, ((0, 100),))]]
+    own, shared = leaf("a", 100), leaf("b", 150)
+    held = [[(own, ((0, 100),)), (shared, ((0, 150),))], [(shared, ((0, 150),))]]
+    assert assign(held, "c", block_bytes=600) == [[(own, ((0, 100),))], [(shared, ((0, 150),))]]
 
 
 def test_empty_boxes_are_nobodys_work():
