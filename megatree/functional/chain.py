@@ -96,6 +96,8 @@ class Chain:
         batch: entry name -> Array.
         consts: function from (batch, cfg) to the consts that every segment sees.
         dtype: dtype of parameters that do not name one.
+        eval_cfg: the configuration for evaluation if it differs (no dropout); the batch then has
+            no "key".
     """
 
     segments: Mapping[str, Segment | Stack]
@@ -104,6 +106,7 @@ class Chain:
     batch: Mapping[str, Array]
     consts: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]] = no_tables
     dtype: torch.dtype = torch.float32
+    eval_cfg: Any = None
 
     @property
     def params(self) -> dict[str, Any]:
@@ -118,6 +121,13 @@ class Chain:
     def with_sizes(self, **sizes: int) -> "Chain":
         """Return the model for other axis sizes (a batch, a sequence)."""
         return replace(self, sizes={**self.sizes, **sizes})
+
+    def for_evaluation(self) -> "Chain":
+        """Return the model without what only training does; itself if there is no difference."""
+        if self.eval_cfg is None:
+            return self
+        batch = {name: array for name, array in self.batch.items() if name != "key"}
+        return replace(self, cfg=self.eval_cfg, batch=batch, eval_cfg=None)
 
     def up_to(self, last: str) -> "Chain":
         """Return the chain that ends with the segment `last`."""

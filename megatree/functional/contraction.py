@@ -28,6 +28,8 @@ def einsum(text: str, *xs: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     >>> einsum("t k, g k -> g t", torch.ones(2, 3), torch.ones(4, 3)).shape
     torch.Size([4, 2])
     """
+    if torch.compiler.is_compiling():  # no typed values there, and nothing to declare
+        return _contract(text.replace(" ", ""), _summed(*_labels(text)), xs)
     return _contraction(text)(*xs)
 
 
@@ -38,18 +40,22 @@ def _contraction(text: str) -> Callable[..., Tensor]:
     compact, summed = text.replace(" ", ""), _summed(operands, output)
 
     def einsum(*xs: Tensor) -> Tensor:
-        if summed:
-            x, weight = xs
-            rows, columns = weight.shape[:summed], weight.shape[summed:]
-            product = torch.matmul(
-                x.flatten(-summed), weight.reshape(rows.numel(), columns.numel())
-            )
-            return product.unflatten(-1, columns)
-        return torch.einsum(compact, *xs)
+        return _contract(compact, summed, xs)
 
+    einsum.__name__ = f"einsum {text!r}"
     marked = [[x if x in output else f"{x}+" for x in labels] for labels in operands]
     signature = f"{', '.join(map(' '.join, marked))} -> {' '.join(output)}"
     return op(signature, linear=[[i] for i in range(len(operands))])(einsum)
+
+
+def _contract(compact: str, summed: int, xs: tuple[Tensor, ...]) -> Tensor:
+    """Contract; `summed` counts the labels that one matrix product sums, see `_summed`."""
+    if not summed:
+        return torch.einsum(compact, *xs)
+    x, weight = xs
+    rows, columns = weight.shape[:summed], weight.shape[summed:]
+    product = torch.matmul(x.flatten(-summed), weight.reshape(rows.numel(), columns.numel()))
+    return product.unflatten(-1, columns)
 
 
 def _labels(text: str) -> tuple[list[list[str]], list[str]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -160,6 +160,7 @@ def gpt(
         batch=batch,
         consts=partial(consts_of, dtype=torch.promote_types(dtype, torch.float32)),
         dtype=dtype,
+        eval_cfg=replace(cfg, dropout=0.0, attention_dropout=0.0) if cfg.random else None,
     )
 
 

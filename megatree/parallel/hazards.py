@@ -27,7 +27,7 @@ _METADATA = {
 _READS = {
     getattr(Tensor, name)
     for name in """item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__
-    __iter__ __complex__""".split()
+    __iter__ __complex__ __long__""".split()
 } | {torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero}
 
 

@@ -48,7 +48,10 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name, axes in self.rules.table:
-            cut = self.axes(name)
+            try:
+                cut = self.axes(name)
+            except ShardingError as error:
+                raise ShardingError(f"rules: {name!r} -> {axes}: {error}") from None
             if len(cut) != len(set(cut)):
                 raise ShardingError(
                     f"rules: {name!r} -> {axes} uses a mesh axis twice ({' '.join(cut)}). "

@@ -13,6 +13,7 @@ from megatree.functional.param import Array, Param, padded_shape
 from megatree.functional.tree import path_name
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.layout import Layout
+from megatree.parallel.peephole import localise_iotas
 from megatree.parallel.program import Program
 from megatree.parallel.tracer import Tracer
 from megatree.parallel.typed import Tracing, TypedTensor
@@ -44,6 +45,7 @@ class Traced:
         needs = {
             path: axes | (sync or {}).get(path, frozenset()) for path, axes in self.needs.items()
         }
+        localise_iotas(self.graph)
         synced = widen(self.graph, self.layout.mesh.sizes, needs)
         self.graph.lint()
         types = {

@@ -22,12 +22,13 @@ def factory(
     return fn(*args, **kwargs, device=comm.device)
 
 
-def iota(comm: RankComm, axes: Axes, start: int, stop: int, step: int, dtype: torch.dtype) -> Any:
-    """Make one rank's slice of an arange."""
-    n, i = comm.size(axes), comm.index(axes)
-    count = len(range(start, stop, step)) // n
-    first = start + i * count * step
-    return torch.arange(first, first + count * step, step, dtype=dtype, device=comm.device)
+def iota(
+    comm: RankComm, axes: Axes, start: int, step: int, length: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Make one rank's slice of an arange of `length` elements that is cut over mesh axes."""
+    local = length // comm.size(axes)
+    first = start + comm.index(axes) * local * step
+    return torch.arange(first, first + local * step, step, dtype=dtype, device=comm.device)
 
 
 NEEDS_COMM: tuple[Callable[..., Any], ...] = (scoped_op, factory, iota)

@@ -89,7 +89,7 @@ class Gradients:
         """
         for buffer in self.grads.values():
             buffer.zero_()
-        all_consts, weights = self._consts_and_weights(microbatches)
+        all_consts, weights = self._consts_and_weights(microbatches, self.bound)
         sums: list[dict[TermKey, Tensor]] = []
         self._left = {
             (group.name, row): len(group.leaves)
@@ -116,17 +116,20 @@ class Gradients:
         return self._values(sums, weights), {key[2]: weight for key, weight in weights.items()}
 
     @torch.no_grad()
-    def values(self, microbatches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Compute the terms of the loss without gradients; see `__call__`."""
-        all_consts, weights = self._consts_and_weights(microbatches)
-        return self._values([self.bound.run(self.leaves, c).sums for c in all_consts], weights)
+    def values(
+        self, microbatches: Sequence[Mapping[str, Tensor]], bound: BoundModel | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the terms of the loss without gradients, of this model or its evaluation form."""
+        bound = bound or self.bound
+        all_consts, weights = self._consts_and_weights(microbatches, bound)
+        return self._values([bound.run(self.leaves, c).sums for c in all_consts], weights)
 
     def _consts_and_weights(
-        self, microbatches: Sequence[Mapping[str, Tensor]]
+        self, microbatches: Sequence[Mapping[str, Tensor]], bound: BoundModel
     ) -> tuple[list[dict[str, Tensor]], dict[TermKey, Tensor]]:
         """Compute the consts of every microbatch and the terms' weights over the whole step."""
-        all_consts = [self.bound.consts(batch) for batch in microbatches]
-        weights = self._total([self.bound.weights(consts) for consts in all_consts], 1)
+        all_consts = [bound.consts(batch) for batch in microbatches]
+        weights = self._total([bound.weights(consts) for consts in all_consts], 1)
         empty = sorted({key[2] for key, weight in weights.items() if not weight.item() > 0})
         if empty:
             raise ValueError(

@@ -14,7 +14,7 @@ from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import Layout, spec_box
 from megatree.parallel.model import ModelProgram, lower_model
 from megatree.runtime.adamw import Optimizer
-from megatree.runtime.forward import one_device
+from megatree.runtime.forward import BoundModel, one_device
 from megatree.runtime.gradients import Gradients, make_gradients
 from megatree.runtime.norm import clip_factor, global_norm
 from megatree.runtime.packing import Group, decays_matrices, pack, store, views
@@ -63,6 +63,7 @@ class TrainStep:
 
     program: ModelProgram
     gradients: Gradients
+    evaluation: BoundModel
     optimizer: Optimizer
     max_norm: float | None
     seed: int
@@ -151,8 +152,8 @@ class TrainStep:
         return TrainState(state.step + 1, state.params, state.opt), metrics
 
     def evaluate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the value of every loss term over microbatches, without gradients."""
-        return self.gradients.values(self.with_keys(microbatches, -1))
+        """Return the value of every loss term over microbatches, without gradients or dropout."""
+        return self.gradients.values(microbatches, self.evaluation)
 
 
 def train_step(
@@ -189,4 +190,9 @@ def train_step(
     gradients = make_gradients(
         program, comm or one_device(layout), groups=groups, transform=transform
     )
-    return TrainStep(program, gradients, optimizer, max_norm, seed)
+    evaluation = gradients.bound
+    if (form := model.for_evaluation()) is not model:
+        evaluation = BoundModel(
+            lower_model(form, layout), gradients.bound.comm, transform=transform
+        )
+    return TrainStep(program, gradients, evaluation, optimizer, max_norm, seed)

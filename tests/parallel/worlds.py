@@ -1,79 +1,76 @@
-"""Whole values, spread over simulated ranks by type and put together again."""
+"""Every type that a value can have on a mesh, and moves of whole values between types."""
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from megatree.parallel.layout import cut, spec_box
-from megatree.parallel.types import I, P, R, S, ShardType, make_type
+from megatree.parallel.assemble import assemble
+from megatree.parallel.comm import move
+from megatree.parallel.rulecheck import spread
+from megatree.parallel.threads import ThreadComm, Threads
+from megatree.parallel.types import I, P, R, ShardType, make_type
+from tests.tolerances import RELATIVE, distance
+
+EXACT = RELATIVE[torch.float64]
 
 
-def points(sizes: Mapping[str, int]) -> list[dict[str, int]]:
-    """Return every rank's coordinates, row-major."""
-    grid = itertools.product(*(range(n) for n in sizes.values()))
-    return [dict(zip(sizes, point, strict=True)) for point in grid]
-
-
-def all_types(
-    sizes: Mapping[str, int], num_dims: int, *, size: int, grad: bool = True
-) -> list[ShardType]:
-    """Return every type of a cube over a mesh: all states, all orders of axes on a dim."""
-    out: list[ShardType] = []
-    states = [*range(num_dims), I, P, *([R] if grad else [])]
-    for choice in itertools.product(states, repeat=len(sizes)):
+def all_types(sizes: Mapping[str, int], shape: tuple[int, ...]) -> list[ShardType]:
+    """Return every type of an array over a mesh: all states, all orders of axes on a dim."""
+    found: dict[ShardType, None] = {}
+    for choice in itertools.product([*range(len(shape)), I, P, R], repeat=len(sizes)):
+        states = dict(zip(sizes, choice, strict=True))
         for order in itertools.permutations(sizes):
-            spec: list[tuple[str, ...]] = [() for _ in range(num_dims)]
-            for axis in order:
-                state = choice[list(sizes).index(axis)]
-                if isinstance(state, int):
-                    spec[state] = (*spec[state], axis)
-            kinds = {a: s for a, s in zip(sizes, choice, strict=True) if isinstance(s, str)}
-            ty = make_type(
-                (size,) * num_dims, torch.float64, tuple(spec), sizes, kinds=kinds, grad=grad
-            )
-            if ty not in out:
-                out.append(ty)
-    return out
+            found[type_of(states, order, sizes, shape)] = None
+    return list(found)
 
 
-def spread(
-    value: Tensor, ty: ShardType, sizes: Mapping[str, int], generator: torch.Generator
-) -> list[Tensor]:
-    """Return every rank's local tensor of a value: slices, copies, random terms of pending sums."""
-    ranks = points(sizes)
-    out = [cut(value, ty.spec, sizes, at).clone() for at in ranks]
-    for axis in ty.axes_in(P):
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for rank, at in enumerate(ranks):
-            groups.setdefault(tuple(n for a, n in at.items() if a != axis), []).append(rank)
-        for first, *others in groups.values():
-            for rank in others:
-                term = torch.randn(out[rank].shape, dtype=value.dtype, generator=generator)
-                out[rank] = term
-                out[first] = out[first] - term
-    return out
+def type_of(
+    states: Mapping[str, str | int],
+    order: Sequence[str],
+    sizes: Mapping[str, int],
+    shape: tuple[int, ...],
+) -> ShardType:
+    """Return the type with a state (a dim, or I, R, P) per mesh axis, axes on one dim in `order`."""
+    spec = tuple(tuple(a for a in order if states[a] == dim) for dim in range(len(shape)))
+    kinds = {axis: state for axis, state in states.items() if isinstance(state, str)}
+    return make_type(shape, torch.float64, spec, sizes, kinds=kinds, grad=True)
 
 
-def collect(local: Sequence[Tensor], ty: ShardType, sizes: Mapping[str, int]) -> Tensor:
-    """Return the global value of local tensors; all copies must agree bit for bit up to rounding."""
-    ranks = points(sizes)
-    copies: dict[tuple[int, ...], Tensor] = {}
-    same = [axis for axis in sizes if ty.state(axis) not in (S, P)]
-    for x, at in zip(local, ranks, strict=True):
-        key = tuple(at[axis] for axis in same)
-        whole = copies.setdefault(key, torch.zeros(ty.shape, dtype=x.dtype))
-        box = spec_box(ty.spec, ty.shape, sizes, at)
-        assert x.shape == ty.local_shape(sizes), f"local {tuple(x.shape)}, type {ty}"
-        whole[tuple(slice(a, b) for a, b in box)] += x
-    first, *others = copies.values()
-    for other in others:
-        torch.testing.assert_close(other, first, rtol=1e-12, atol=1e-12)
-    return first
+def moves_go_wrong(
+    pairs: Sequence[tuple[ShardType, ShardType]], sizes: Mapping[str, int], seed: int = 0
+) -> list[str]:
+    """Move random values and cotangents on simulated ranks; say which change, and by how much.
 
+    A move is the identity on the global value, and so is its dual on the global cotangent.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    work = []
+    for src, dst in pairs:
+        pair = torch.randn(2, *src.shape, dtype=torch.float64, generator=generator)
+        xs = spread(pair[0], src, sizes, generator)
+        work.append((src, dst, pair, xs, spread(pair[1], dst.dual, sizes, generator)))
 
-def relative(a: Tensor, b: Tensor) -> float:
-    """Return the relative L2 distance of a from b."""
-    return ((a - b).norm() / b.norm().clamp_min(math.ulp(1.0))).item()
+    def rank_main(comm: ThreadComm) -> list[tuple[Tensor, Tensor]]:
+        out = []
+        for src, dst, _, xs, gs in work:
+            x = xs[comm.rank].clone().requires_grad_()
+            y = move(comm, x, src, dst)
+            y.backward(gs[comm.rank])
+            assert x.grad is not None
+            out.append((y.detach(), x.grad))
+        return out
+
+    results = Threads(sizes).run(rank_main)
+    wrong = []
+    for at, (src, dst, (value, cotangent), _, _) in enumerate(work):
+        for what, ty, part, expected in (
+            ("value", dst, 0, value),
+            ("cotangent", src.dual, 1, cotangent),
+        ):
+            place = f"{what} of {src} -> {dst}"
+            got = assemble([r[at][part] for r in results], ty, sizes, place, rtol=EXACT)
+            if (error := distance(got, expected)) > EXACT:
+                wrong.append(f"{place}: off by {error:.3g}")
+    return wrong

@@ -96,8 +96,7 @@ def _straight(read: Read, targets: Sequence[Piece]) -> Straight | None:
         return None
     (want,) = read.wants
     target = targets[want.target]
-    assert target.data is not None
-    view, size = memory(target.data), read.itemsize
+    view, size = memory(target.tensor), read.itemsize
     source, destination = _run(want.box, read.chunk.box), _run(want.box, target.box)
     if view is None or source is None or destination is None:
         return None
@@ -140,9 +139,8 @@ def _fetch_block(
     if buffer is not None:
         first, last = start // read.itemsize, stop // read.itemsize
         for want in read.wants:
-            data, box = targets[want.target].data, targets[want.target].box
-            assert data is not None
-            scatter_bytes(buffer, read.chunk.box, first, last, data, box, want.box)
+            target = targets[want.target]
+            scatter_bytes(buffer, read.chunk.box, first, last, target.tensor, target.box, want.box)
     return Fetched(nbytes, [])
 
 

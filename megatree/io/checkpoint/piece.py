@@ -109,6 +109,13 @@ class Piece:
         )
 
     @property
+    def tensor(self) -> Tensor:
+        """The data, of a piece that has some."""
+        if self.data is None:
+            raise ValueError(f"{self.path}: the piece has no data. Pass it with data=.")
+        return self.data
+
+    @property
     def leaf(self) -> Leaf:
         """The global array it belongs to."""
         return Leaf(path=self.path, shape=self.shape, dtype=self.dtype, axes=self.axes)

@@ -75,8 +75,7 @@ def _checked(
     check_extra(extra, "extra")
     held = list(pieces)
     for piece in held:
-        if piece.data is None:
-            raise ValueError(f"{piece.path}: the piece has no data to save. Pass it with data=.")
+        _ = piece.tensor  # raises if there is none
     return held, fingerprints(extra)
 
 

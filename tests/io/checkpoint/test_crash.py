@@ -85,8 +85,7 @@ def assert_latest_is_whole(directory: Path, at_least: int) -> int:
         Piece.whole("step", torch.tensor(0), ""),
     ]
     for piece in load(path, targets, world=ONE).pieces:
-        assert piece.data is not None
-        assert bool((piece.data == step).all())
+        assert bool((piece.tensor == step).all())
     return step
 
 

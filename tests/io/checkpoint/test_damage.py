@@ -76,7 +76,7 @@ def test_a_partial_read_verifies_its_own_blocks_and_no_others(saved):
     )
     loaded = load(saved, [top], world=ONE, allow_extra=("b.w",))
     assert loaded.bytes_read == 192
-    assert loaded.pieces[0].data.eq(1.0).all()
+    assert loaded.pieces[0].tensor.eq(1.0).all()
     bottom = Piece(
         path="a.w", shape=(16, 4), dtype=torch.float32, axes="ffn embed", box=((11, 13), (1, 3))
     )
@@ -155,7 +155,7 @@ def test_short_reads_and_short_writes_are_continued(tmp_path, monkeypatch):
     array = torch.arange(40.0)
     save(tmp_path / "c", [Piece.whole("w", array, "embed")], world=ONE, block_bytes=64)
     loaded = load(tmp_path / "c", [Piece.whole("w", torch.zeros(40), "embed")], world=ONE)
-    assert torch.equal(loaded.pieces[0].data, array)
+    assert torch.equal(loaded.pieces[0].tensor, array)
 
 
 def test_damage_that_one_rank_sees_is_raised_on_all(saved, run_ranks):

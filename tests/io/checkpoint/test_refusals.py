@@ -131,7 +131,7 @@ def test_dicts_in_another_order_are_the_same_extra(tmp_path, run_ranks):
 
 
 def test_save_needs_data_and_aligned_blocks(tmp_path):
-    with refused("blocks.k: the piece has no data to save. Pass it with data=."):
+    with refused("blocks.k: the piece has no data. Pass it with data=."):
         save(tmp_path / "c", [piece()], world=ONE)
     with refused("save: block_bytes is 100. Give a positive multiple of 64."):
         save(tmp_path / "c", [], world=ONE, block_bytes=100)
@@ -155,7 +155,7 @@ def test_one_wrong_rank_fails_the_save_on_all(tmp_path, run_ranks):
         data = torch.zeros(2, 8) if world.rank == 0 else None
         save(tmp_path / "c", [piece(data=data)], world=world)
 
-    text = "blocks.k: the piece has no data to save. Pass it with data=."
+    text = "blocks.k: the piece has no data. Pass it with data=."
     assert list(map(str, run_ranks(2, go))) == [f"rank 1: {text}", text]
     assert list(tmp_path.iterdir()) == []
 
@@ -187,7 +187,7 @@ Build the target from the config that was saved with the checkpoint, or name in 
 allow_extra= what may differ."""
     with refused(text):
         load(saved, targets, world=ONE)
-    assert all(not target.data.any() for target in targets)
+    assert all(not target.tensor.any() for target in targets)
 
 
 def test_swapped_axes_of_a_square_leaf_are_refused(tmp_path):
@@ -228,8 +228,8 @@ def test_only_named_patterns_may_be_missing_or_extra_and_both_are_reported(saved
     )
     assert loaded.missing == ("head.bias", "head.w")
     assert loaded.extra == ("blocks.q", "opt.step")
-    assert loaded.pieces[0].data.tolist() == [5.0] * 3
-    assert torch.equal(loaded.pieces[1].data, torch.arange(32.0).reshape(4, 8))
+    assert loaded.pieces[0].tensor.tolist() == [5.0] * 3
+    assert torch.equal(loaded.pieces[1].tensor, torch.arange(32.0).reshape(4, 8))
     assert loaded.pieces[2].data is None
     with pytest.raises(ValueError, match=r"opt\.step: in the checkpoint, wanted by no rank"):
         load(saved, [k], world=ONE, allow_extra=("blocks.*",))

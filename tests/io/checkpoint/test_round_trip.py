@@ -49,9 +49,8 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path, name):
     targets = [piece_of(piece.leaf, piece.box) for piece in pieces]
     loaded = load(tmp_path / "c", targets, world=World.single())
     for piece, array in zip(loaded.pieces, arrays, strict=True):
-        assert piece.data is not None
-        assert (piece.data.dtype, piece.data.shape) == (array.dtype, array.shape)
-        assert bits(piece.data) == bits(array)
+        assert (piece.tensor.dtype, piece.tensor.shape) == (array.dtype, array.shape)
+        assert bits(piece.tensor) == bits(array)
 
 
 STRIDES = {
@@ -68,11 +67,11 @@ STRIDES = {
 def test_strides_and_parameters_do_not_show(tmp_path, source, target):
     array = torch.arange(117.0).reshape(9, 13)
     piece = Piece.whole("w", STRIDES[source](array), "ffn embed")
-    assert torch.equal(piece.data, array)
+    assert torch.equal(piece.tensor, array)
     save(tmp_path / "c", [piece], world=World.single(), block_bytes=BLOCK)
     into = STRIDES[target](torch.zeros(9, 13))
     loaded = load(tmp_path / "c", [Piece.whole("w", into, "ffn embed")], world=World.single())
-    assert loaded.pieces[0].data is into
+    assert loaded.pieces[0].tensor is into
     assert torch.equal(into, array)
 
 
@@ -82,7 +81,7 @@ def test_a_conjugate_view_is_saved_resolved(tmp_path):
     save(tmp_path / "c", [Piece.whole("w", array.conj(), "embed")], world=World.single())
     target = Piece.whole("w", torch.zeros(2, dtype=array.dtype), "embed")
     load(tmp_path / "c", [target], world=World.single())
-    assert target.data.tolist() == [1 - 2j, 3 + 4j]
+    assert target.tensor.tolist() == [1 - 2j, 3 + 4j]
 
 
 def test_extra_comes_back_equal(tmp_path):
@@ -215,7 +214,7 @@ def test_any_cut_loads_into_any_boxes_and_moves_every_byte_once(run_ranks, traff
             loaded = load(path, targets, world=World.single(), allow_extra=("*",))
             for piece in loaded.pieces:
                 expected = arrays[piece.path][slices(piece.box, whole(piece.shape))]
-                assert bits(piece.data) == bits(expected), piece.path
+                assert bits(piece.tensor) == bits(expected), piece.path
             assert disjoint(traffic.read)
             assert loaded.bytes_read == sum(stop - start for _, start, stop in traffic.read)
             # not one block more than those that hold a wanted element
@@ -248,7 +247,7 @@ def test_a_rank_loads_its_stage_and_the_world_knows_the_whole(tmp_path, run_rank
     def stage(world: World):
         mine = pieces[world.rank]
         loaded = load(tmp_path / "c", [piece_of(mine.leaf, mine.box)], world=world)
-        return bits(loaded.pieces[0].data), loaded.missing, loaded.extra
+        return bits(loaded.pieces[0].tensor), loaded.missing, loaded.extra
 
     assert run_ranks(2, stage) == [(bits(first), (), ()), (bits(second), (), ())]
 
@@ -266,7 +265,7 @@ def test_a_column_cut_and_a_row_cut_of_the_same_array_agree(tmp_path, run_ranks)
     def by_columns(world: World):
         box = ((0, 24), (5 * world.rank, 5 * world.rank + 5))
         (piece,) = load(tmp_path / "c", [piece_of(leaf, box)], world=world).pieces
-        return bits(piece.data) == bits(array[slices(box, whole(leaf.shape))])
+        return bits(piece.tensor) == bits(array[slices(box, whole(leaf.shape))])
 
     assert run_ranks(4, by_rows) == [None] * 4
     assert run_ranks(2, by_columns) == [True, True]

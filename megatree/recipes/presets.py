@@ -1,0 +1,169 @@
+"""Recipes: functions that return the config of a run."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from megatree.models import GPTConfig
+from megatree.recipes.config import (
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    megatron_rules,
+)
+
+Recipe = Callable[[], RunConfig]
+
+
+def demo() -> RunConfig:
+    """Return the demo: a small Llama on the novels inside the package, 2 CPU processes."""
+    return RunConfig(
+        model=GPTConfig(
+            vocab_size=512,
+            seq_length=256,
+            num_layers=4,
+            embed=128,
+            kv_heads=4,
+            head_dim=32,
+            ffn=344,
+        ),
+        mesh=MeshConfig(tp=2),
+        rules=megatron_rules(sequence_parallel=True),
+        data=DataConfig(text="demo", tokenizer="demo", valid_fraction=0.05),
+        optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20),
+        train=TrainConfig(
+            steps=300,
+            global_batch=8,
+            microbatch=8,
+            eval_every=100,
+            eval_samples=64,
+        ),
+        checkpoint=CheckpointConfig(dir="runs/demo", every=100),
+    )
+
+
+def gpt2_small() -> RunConfig:
+    """Return GPT-2 of 124 M parameters: Radford et al. 2019, table 2, first row.
+
+    Ten billion tokens in steps of 524,288; no dropout, as has become usual for one epoch.
+    """
+    return RunConfig(
+        model=_gpt2(embed=768, num_layers=12, num_heads=12),
+        optimizer=OptimizerConfig(lr=6e-4, min_lr=6e-5, warmup_steps=700),
+        train=_ten_billion_tokens(microbatch=32),
+        checkpoint=CheckpointConfig(dir="runs/gpt2-small", every=1000),
+        dtype="bfloat16",
+    )
+
+
+def gpt2_345m() -> RunConfig:
+    """Return GPT-2 of 345 M parameters (354.8 M counted whole): table 2, second row."""
+    return RunConfig(
+        model=_gpt2(embed=1024, num_layers=24, num_heads=16),
+        optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, warmup_steps=700),
+        train=_ten_billion_tokens(microbatch=32),
+        checkpoint=CheckpointConfig(dir="runs/gpt2-345m", every=1000),
+        dtype="bfloat16",
+    )
+
+
+def llama_1b() -> RunConfig:
+    """Return a Llama of 956 M parameters, twenty tokens for each."""
+    return RunConfig(
+        model=_llama(
+            vocab_size=32768, seq_length=4096, embed=2048, num_layers=16, num_heads=16, ffn=5632
+        ),
+        optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, warmup_steps=500),
+        train=TrainConfig(
+            steps=18_000,
+            global_batch=256,
+            microbatch=8,
+            log_every=10,
+            eval_every=500,
+            eval_samples=64,
+        ),
+        checkpoint=CheckpointConfig(dir="runs/llama-1b", every=1000),
+        dtype="bfloat16",
+    )
+
+
+def llama_7b() -> RunConfig:
+    """Return Llama 2 of 7 B parameters: Touvron et al. 2023, arXiv:2307.09288, table 1.
+
+    Two trillion tokens in steps of 4 M, over 8 tensor parallel ranks.
+    """
+    return RunConfig(
+        model=_llama(
+            vocab_size=32000, seq_length=4096, embed=4096, num_layers=32, num_heads=32, ffn=11008
+        ),
+        mesh=MeshConfig(tp=8),
+        rules=megatron_rules(sequence_parallel=True),
+        optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, warmup_steps=2000),
+        train=TrainConfig(
+            steps=480_000,
+            global_batch=1024,
+            microbatch=8,
+            log_every=10,
+            eval_every=1000,
+            eval_samples=256,
+        ),
+        checkpoint=CheckpointConfig(dir="runs/llama-7b", every=1000),
+        dtype="bfloat16",
+    )
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "demo": demo,
+        "gpt2-small": gpt2_small,
+        "gpt2-345m": gpt2_345m,
+        "llama-1b": llama_1b,
+        "llama-7b": llama_7b,
+    }
+)
+"""Name on the command line -> recipe."""
+
+
+def _gpt2(*, embed: int, num_layers: int, num_heads: int) -> GPTConfig:
+    return GPTConfig(
+        vocab_size=50257,
+        vocab_pad=128,
+        seq_length=1024,
+        num_layers=num_layers,
+        embed=embed,
+        kv_heads=num_heads,
+        head_dim=embed // num_heads,
+        ffn=4 * embed,
+        norm="layer",
+        positions="learned",
+        activation="gelu_tanh",
+        bias=True,
+        tied=True,
+    )
+
+
+def _llama(
+    *, vocab_size: int, seq_length: int, embed: int, num_layers: int, num_heads: int, ffn: int
+) -> GPTConfig:
+    return GPTConfig(
+        vocab_size=vocab_size,
+        seq_length=seq_length,
+        num_layers=num_layers,
+        embed=embed,
+        kv_heads=num_heads,
+        head_dim=embed // num_heads,
+        ffn=ffn,
+    )
+
+
+def _ten_billion_tokens(*, microbatch: int) -> TrainConfig:
+    return TrainConfig(
+        steps=19_073,
+        global_batch=512,
+        microbatch=microbatch,
+        log_every=10,
+        eval_every=250,
+        eval_samples=256,
+    )
