@@ -139,15 +139,15 @@ def spread(
     x: Tensor, ty: ShardType, sizes: Mapping[str, int], generator: torch.Generator
 ) -> list[Tensor]:
     """Return every rank's local tensor: slices, copies, random terms of pending sums."""
-    ranks = points(sizes)
-    out = [cut(x, ty.spec, sizes, at).clone() for at in ranks]
-    for axis in ty.axes_in(P):
-        for rank, at in enumerate(ranks):
-            if at[axis]:
-                first = ranks.index({**at, axis: 0})
-                out[rank] = torch.randn(out[rank].shape, dtype=x.dtype, generator=generator)
-                out[first] = out[first] - out[rank]
-    return out
+    pending = ty.axes_in(P)
+    first, *others = itertools.product(*(range(sizes[axis]) for axis in pending))
+    # One term per coordinate on the pending axes: ranks that differ on I or R axes hold the same.
+    terms = {at: torch.randn(x.shape, dtype=x.dtype, generator=generator) for at in others}
+    terms[first] = x - sum(terms.values()) if terms else x
+    return [
+        cut(terms[tuple(at[axis] for axis in pending)], ty.spec, sizes, at).clone()
+        for at in points(sizes)
+    ]
 
 
 def _compare(

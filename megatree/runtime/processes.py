@@ -4,25 +4,41 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatree.io.world import World
+from megatree.runtime.refusals import refusal
 
 _GRACE = 0.3
 """Seconds to wait for other reports: peers of a dead rank fail too, sometimes before it is seen."""
 
 
 class RankFailed(RuntimeError):
-    """A process of the job raised or died; the message starts with its traceback."""
+    """A process of the job raised or died; the message starts with its traceback.
+
+    Args:
+        text: the message.
+        refusal: what to tell a user instead, if it is theirs to fix.
+    """
+
+    def __init__(self, text: str, refusal: str | None = None) -> None:
+        super().__init__(text)
+        self.refusal = refusal
+
+
+def current_world() -> World:
+    """Return the process group as a World if this process has joined one, else a world of one."""
+    return world_of_group() if dist.is_initialized() else World.single()
 
 
 def world_of_group() -> World:
@@ -58,6 +74,11 @@ def join_job(*, timeout_s: float = 600.0) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return device
+
+
+def leave_job() -> None:
+    """Leave the job that `join_job` joined."""
+    dist.destroy_process_group()
 
 
 def local_device(local_rank: int) -> torch.device:
@@ -108,9 +129,18 @@ def launch(
                 process.join()
 
 
+class _Failure(NamedTuple):
+    """When and how a rank failed, and what a user is told if it is theirs to fix."""
+
+    time_s: float
+    rank: int
+    text: str
+    refusal: str | None
+
+
 def _wait(processes: list[BaseProcess], pipes: list[connection.Connection]) -> Any:
     results: dict[int, Any] = {}
-    failures: list[tuple[float, int, str]] = []
+    failures: list[_Failure] = []
     open_pipes = dict(enumerate(pipes))
     while open_pipes and not failures:
         failures += _read(open_pipes, processes, results, None)
@@ -120,9 +150,9 @@ def _wait(processes: list[BaseProcess], pipes: list[connection.Connection]) -> A
             if not more:
                 break
             failures += more
-        died = [f for f in failures if f[0] == 0.0]
-        _, rank, text = min(died or failures)
-        raise RankFailed(f"rank {rank} of {len(processes)} failed first:\n{text}")
+        first = min(failures, key=lambda failure: failure.time_s)
+        text = f"rank {first.rank} of {len(processes)} failed first:\n{first.text}"
+        raise RankFailed(text, first.refusal)
     return results[0]
 
 
@@ -131,8 +161,8 @@ def _read(
     processes: list[BaseProcess],
     results: dict[int, Any],
     timeout: float | None,
-) -> list[tuple[float, int, str]]:
-    """Take the reports that are ready; return the failures among them as (time, rank, text)."""
+) -> list[_Failure]:
+    """Take the reports that are ready; return the failures among them, the dead ones foremost."""
     failures = []
     for pipe in connection.wait(list(open_pipes.values()), timeout):
         rank = next(r for r, p in open_pipes.items() if p is pipe)
@@ -142,10 +172,11 @@ def _read(
         except EOFError:
             processes[rank].join(1.0)
             code = processes[rank].exitcode
-            failures.append((0.0, rank, f"the process died without a word (exit code {code})"))
+            text = f"the process died without a word (exit code {code})"
+            failures.append(_Failure(0.0, rank, text, None))
             continue
         if text:
-            failures.append((time_s, rank, text))
+            failures.append(_Failure(time_s, rank, text, value))
         else:
             results[rank] = value
     return failures
@@ -162,6 +193,7 @@ def _rank_main(
     pipe: connection.Connection,
 ) -> None:
     torch.set_num_threads(threads)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         device = local_device(rank) if torch.cuda.device_count() >= nproc else torch.device("cpu")
         dist.init_process_group(
@@ -173,9 +205,18 @@ def _rank_main(
         )
         value = fn(device, *args)
         dist.barrier()
+        sys.stdout.flush()  # whoever launched us kills us once all have reported
         pipe.send((time.time(), value if rank == 0 else None, ""))
-    except BaseException:
-        pipe.send((time.time(), None, traceback.format_exc()))
+    except BaseException as error:
+        pipe.send((time.time(), refusal(error), traceback.format_exc()))
         sys.stdout.flush()
         os._exit(1)  # no clean-up: peers may wait for this rank for ever
     dist.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    """End this rank when the process that launched it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)

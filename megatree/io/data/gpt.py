@@ -4,11 +4,13 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int64, Integer, Shaped
+from jaxtyping import Integer
 
+from megatree.io.data.cache import IndexCache
 from megatree.io.data.dataset import Batch, check_ids, digest, select_columns
 from megatree.io.data.fim import FillInMiddle
-from megatree.io.data.gpt_index import GPTIndex
+from megatree.io.data.gpt_index import GPTIndex, build_gpt_index
+from megatree.io.data.locate import NOWHERE, Located, first_after, locate, segment_numbers
 from megatree.io.data.sequences import Sequences
 
 Restart = Literal["row", "eod", "document"]
@@ -122,26 +124,116 @@ class GPTDataset:
         at what comes before in the row.
         """
         check_ids(self.name, ids, len(self))
-        parts = _Parts.of(self.source, self.index, ids, self.options)
-        if columns is None or self.fim or "eod" in (self.options.positions, self.options.segments):
-            return select_columns(self._make(parts, parts.all_columns, ids), columns)
-        return self._make(parts, columns.astype(np.int64), ids)
-
-    def _make(self, parts: "_Parts", columns: np.ndarray, ids: np.ndarray) -> Batch:
-        options = self.options
-        pad = -1 if options.pad is None else options.pad
-        wanted = np.union1d(columns, columns + 1)
-        text = self._read(parts, wanted[wanted < parts.width], pad)
+        seq, options = self.options.seq, self.options
+        located = locate(self.source, self.index, ids, width=seq + 1, extra=options.extra)
+        whole = columns is None or self.fim or "eod" in (options.positions, options.segments)
+        wanted = np.arange(seq) if whole else columns.astype(np.int64)
+        read = np.arange(seq + 1) if whole else np.union1d(wanted, wanted + 1)
+        text = self._read(located.places[:, read])
         if self.fim:
             text = self.fim(text, ids)
-        if not options.extra or wanted[-1] >= text.shape[1]:
-            text = _with_column(text, wanted, parts.width, pad)
-        at = np.searchsorted(wanted, columns)
-        tokens, labels = text[:, at], text[:, np.searchsorted(wanted, columns + 1)]
-        weights = (labels != pad).astype(np.float32)
+        tokens = text[:, np.searchsorted(read, wanted)]
+        labels = text[:, np.searchsorted(read, wanted + 1)]
+        weights = (labels != self._pad).astype(np.float32)
         if not options.eod_loss:
             weights[tokens == options.eod] = 0.0
-        batch = {"weights": weights, **self._pieces(tokens, parts, columns)}
-        tokens[tokens == pad] = 0
-        labels[labels == pad] = 0
-        return {"tokens": tokens, "labels": labels, **batch}
+        pieces = self._pieces(tokens, located, wanted)
+        tokens[tokens == self._pad] = 0
+        labels[labels == self._pad] = 0
+        batch = {"tokens": tokens, "labels": labels, "weights": weights, **pieces}
+        return select_columns(batch, columns if whole else None)
+
+    @property
+    def _pad(self) -> int:
+        return -1 if self.options.pad is None else self.options.pad
+
+    def _read(self, places: np.ndarray) -> np.ndarray:
+        """Return the tokens at places [n, width] as int64, padding where there is none."""
+        tokens = self.source.take(np.maximum(places, 0)).astype(np.int64)
+        vocab = self.options.vocab_size
+        if vocab is not None and tokens.size and not (0 <= tokens.min() <= tokens.max() < vocab):
+            self._refuse(places, tokens, vocab)
+        tokens[places == NOWHERE] = self._pad
+        return tokens
+
+    def _refuse(self, places: np.ndarray, tokens: np.ndarray, vocab: int) -> None:
+        bad = np.argmax((tokens < 0) | (tokens >= vocab))
+        ends = self.source.starts(np.arange(len(self.source.lengths))) + self.source.lengths
+        sequence = int(np.searchsorted(ends, places.flat[bad], side="right"))
+        raise ValueError(
+            f"{self.source.prefix}: sequence {sequence} holds token {tokens.flat[bad]}, and the "
+            f"vocabulary has {vocab}. Use the tokenizer that the data was made with."
+        )
+
+    def _pieces(self, tokens: np.ndarray, located: Located, columns: np.ndarray) -> Batch:
+        """Return what the options ask for; `first` is what both entries are made of."""
+        out: Batch = {}
+        firsts = {
+            "eod": lambda: first_after(tokens == self.options.eod),
+            "document": lambda: located.first[:, :-1],
+        }
+        if self.options.positions != "row":
+            first = firsts[self.options.positions]()
+            out["positions"] = (np.arange(first.shape[1]) - first)[:, columns]
+        if self.options.segments != "row":
+            out["segments"] = segment_numbers(firsts[self.options.segments]())[:, columns]
+        return out
+
+
+def gpt_dataset(
+    source: Sequences,
+    bounds: tuple[int, int],
+    options: GPTOptions,
+    *,
+    num_samples: int | None,
+    keep_partial: bool = False,
+    fim: FillInMiddle | None = None,
+    cache: IndexCache | None = None,
+) -> GPTDataset:
+    """Build, or find in the cache, the index of a split and return its samples.
+
+    Args:
+        source: token sequences; each is a document here.
+        bounds: first sequence and end of the split.
+        options: how rows are made.
+        num_samples: samples wanted; there will be whole epochs of them. None: one epoch.
+        keep_partial: keep the last sample though it may be short.
+        fim: rearranges documents for infilling.
+        cache: keeps the index on disk; without, every process builds its own.
+
+    Raises:
+        ValueError: samples are wanted and the split is empty, or the data cannot be used.
+    """
+
+    def build() -> dict[str, np.ndarray]:
+        index = build_gpt_index(
+            source.lengths,
+            bounds,
+            seq=options.seq,
+            num_samples=num_samples,
+            seed=options.seed,
+            extra=options.extra,
+            keep_partial=keep_partial,
+        )
+        return {"documents": index.documents, "samples": index.samples, "shuffle": index.shuffle}
+
+    name = f"{source.prefix}[{bounds[0]}:{bounds[1]}]"
+    if num_samples and bounds[0] == bounds[1]:
+        raise ValueError(
+            f"{name}: 0 sequences never make {num_samples} samples. Give the split a larger share, "
+            "or ask for 0 samples."
+        )
+    key = {
+        "kind": "gpt 1",
+        "source": source.identity,
+        "bounds": bounds,
+        "seq": options.seq,
+        "num_samples": num_samples,
+        "seed": options.seed,
+        "extra": options.extra,
+        "keep_partial": keep_partial,
+    }
+    arrays = cache.get(name, key, build) if cache else build()
+    return GPTDataset(
+        source=source, index=GPTIndex(**arrays), options=options, fim=fim, name=name
+    )
