@@ -38,7 +38,7 @@ class Tracer:
 
     def __init__(self, layout: Layout, sizes: Mapping[str, int] | None = None) -> None:
         self.layout = layout
-        self.mesh_sizes = layout.mesh.sizes
+        self.mesh_sizes = layout.sizes
         self.graph = fx.Graph()
         self.sizes = sizes or {}
         self.bound: dict[str, tuple[int, str]] = {}

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from megatree.parallel.codegen import generate
 from megatree.parallel.comm import Axes, OneDevice, RankComm
-from megatree.parallel.layout import Layout
+from megatree.parallel.layout import PIPELINE, Layout
 from megatree.parallel.model import ModelProgram
+
+TermKey = tuple[str, int, str]
+"""(unit, layer number, term)."""
 
 Leaves = Mapping[tuple[str, int | None], Sequence[Tensor]]
 """(unit, layer index within its kind) -> the unit's `w`, flat, in the program's order."""
@@ -28,8 +31,8 @@ class Forward:
     """
 
     carry: tuple[Tensor, ...]
-    sums: dict[tuple[str, int, str], Tensor]
-    metrics: dict[tuple[str, int, str], Tensor]
+    sums: dict[TermKey, Tensor]
+    metrics: dict[TermKey, Tensor]
 
 
 def needed_axes(program: ModelProgram) -> list[Axes]:
@@ -39,6 +42,8 @@ def needed_axes(program: ModelProgram) -> list[Axes]:
         found |= {c.axes for c in part.collectives}
         found |= part.table_axes
         found |= {ty.axes_in("P") for ty in part.out_types}
+    if PIPELINE in program.layout.mesh.sizes:
+        found |= {(PIPELINE, *ty.axes_in("P")) for u in program.units.values() for ty in u.program.out_types}
     return sorted(axes for axes in found if axes)
 
 
@@ -92,9 +97,9 @@ class BoundModel:
             flat = self._consts(*optree.tree_leaves(dict(batch)))
         return dict(zip(self.program.const_names, flat, strict=True))
 
-    def weights(self, consts: Mapping[str, Tensor]) -> dict[tuple[str, int, str], Tensor]:
+    def weights(self, consts: Mapping[str, Tensor]) -> dict[TermKey, Tensor]:
         """Compute the local weights of all loss terms; they depend on the batch alone."""
-        out: dict[tuple[str, int, str], Tensor] = {}
+        out: dict[TermKey, Tensor] = {}
         with torch.no_grad():
             for unit_name, _, number in self.program.order:
                 if unit_name not in self._weights:
@@ -116,12 +121,33 @@ class BoundModel:
             table["layer"] = self._layers[number]
         return [table[name] for name in sorted(table)]
 
-    def run(self, leaves: Leaves, consts: Mapping[str, Tensor]) -> Forward:
-        """Fold the carry over all segments; records gradients if `leaves` ask for them."""
-        carry: tuple[Tensor, ...] = ()
-        sums: dict[tuple[str, int, str], Tensor] = {}
-        metrics: dict[tuple[str, int, str], Tensor] = {}
-        for name, index, number in self.program.order:
+    @property
+    def term_keys(self) -> list[TermKey]:
+        """The terms of all units and layers, in execution order."""
+        return [
+            (name, number, term)
+            for name, _, number in self.program.order
+            for term in self.program.units[name].terms
+        ]
+
+    def run(
+        self,
+        entries: Sequence[tuple[str, int | None, int]],
+        leaves: Leaves,
+        carry: tuple[Tensor, ...],
+        consts: Mapping[str, Tensor],
+    ) -> Forward:
+        """Fold the carry over entries of the program's order; records gradients if leaves ask.
+
+        Args:
+            entries: (unit, index within its kind, number) in order.
+            leaves: the units' parameters.
+            carry: flat local tensors that enter the first entry.
+            consts: of this microbatch.
+        """
+        sums: dict[TermKey, Tensor] = {}
+        metrics: dict[TermKey, Tensor] = {}
+        for name, index, number in entries:
             unit = self.program.units[name]
             inputs = (*leaves[name, index], *carry, *self._consts_for(name, consts, number))
             out = self._units[name](*inputs)
