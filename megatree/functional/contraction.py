@@ -53,9 +53,11 @@ def _contract(compact: str, summed: int, xs: tuple[Tensor, ...]) -> Tensor:
     if not summed:
         return torch.einsum(compact, *xs)
     x, weight = xs
+    if weight.dim() == 2:
+        return torch.matmul(x, weight)
     rows, columns = weight.shape[:summed], weight.shape[summed:]
     product = torch.matmul(x.flatten(-summed), weight.reshape(rows.numel(), columns.numel()))
-    return product.unflatten(-1, columns)
+    return product if len(columns) == 1 else product.unflatten(-1, columns)
 
 
 def _labels(text: str) -> tuple[list[list[str]], list[str]]:

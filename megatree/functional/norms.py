@@ -61,7 +61,7 @@ class _RmsNorm(torch.autograd.Function):
         product = grad * unit
         mean = (product @ weight).unsqueeze(-1) / x.shape[-1]
         grad_x = torch.addcmul(grad * weight, unit, mean, value=-1) * inverse
-        return grad_x, product.sum(tuple(range(x.dim() - 1))), None
+        return grad_x, product.sum_to_size(weight.shape), None
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from megatree.parallel.bodies import run_body
-from megatree.parallel.comm import RankComm, Transition, move, run_steps
-from megatree.parallel.scoped import NEEDS_COMM
+from megatree.parallel.comm import BodyComm, RankComm, Transition, move, run_steps
+from megatree.parallel.scoped import NEEDS_COMM, scoped_op
 from megatree.parallel.transitions import plan_move
 
 _SIMPLE = (int, float, bool, str, type(None))
@@ -93,11 +93,15 @@ def _call(node: fx.Node, comm: RankComm, names: Any, spell: Any, constant: Any) 
         if not steps and (not dual or not src.grad):
             return spell(x)
         return f"{constant(bound_move(comm, steps, dual, src.grad))}({spell(x)})"
-    needs_comm = node.target in NEEDS_COMM or node.target is run_body
-    args = [constant(comm)] if needs_comm else []
-    args += [spell(a) for a in node.args]
+    target, operands = node.target, node.args
+    first = [constant(comm)] if target in NEEDS_COMM else []
+    if target in (scoped_op, run_body):  # called directly, with a comm made once
+        target, table, *operands = operands
+        target = target.fn if node.target is run_body else target
+        first = [constant(BodyComm(comm, table))]
+    args = first + [spell(a) for a in operands]
     args += [f"{key}={spell(value)}" for key, value in node.kwargs.items()]
-    return f"{constant(node.target)}({', '.join(args)})"
+    return f"{constant(target)}({', '.join(args)})"
 
 
 def bound_move(comm: RankComm, steps: Any, dual: Any, grad: bool) -> Callable[[Tensor], Tensor]:

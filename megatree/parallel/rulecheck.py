@@ -1,7 +1,7 @@
 """`rulecheck`: try every placement of an op's operands; what the rule allows must be exact."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from megatree.parallel.assemble import points
 from megatree.parallel.engine import Refusal
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.layout import Layout, cut
-from megatree.parallel.lower import trace
+from megatree.parallel.lower import Traced, trace
 from megatree.parallel.mesh import Mesh
 from megatree.parallel.simulate import Simulated, run_simulated
 from megatree.parallel.threads import SimulationError
@@ -63,7 +63,6 @@ def rulecheck(
             message names the placement.
     """
     sizes = dict(mesh or {"a": 2})
-    layout = Layout(Mesh(**sizes))
     generator = torch.Generator().manual_seed(seed)
     reference = [
         x.detach().clone().requires_grad_(grad and x.is_floating_point()) for x in operands
@@ -76,20 +75,34 @@ def rulecheck(
     flowing = [(y, g) for y, g in zip(out, cotangents, strict=True) if y.requires_grad]
     if flowing:
         torch.autograd.backward([y for y, _ in flowing], [g for _, g in flowing])
-    legal, refused = [], []
+    tried = try_placements(fn, operands, sizes, grad)
+    for placement, traced in tried.items():
+        if traced is None:
+            continue
+        values = [spread(x, ty, sizes, generator) for x, ty in zip(operands, placement, strict=True)]
+        try:
+            got = run_simulated(traced.finish(), values, cotangents, rtol=rtol)
+        except Exception as error:
+            raise SimulationError(f"{_blame(placement)} this happens: {error}") from error
+        _compare(placement, got, out, [x.grad for x in reference], rtol)
+    legal = tuple(placement for placement, traced in tried.items() if traced)
+    if not legal:
+        raise SimulationError(f"rulecheck: the rule allows none of {len(tried)} placements.")
+    return RuleCheck(legal, tuple(p for p, traced in tried.items() if not traced))
+
+
+def try_placements(
+    fn: Callable[..., Any], operands: Sequence[Tensor], sizes: Mapping[str, int], grad: bool
+) -> dict[tuple[ShardType, ...], Traced | None]:
+    """Return every placement of the operands with the typed op, None where the rule refuses it."""
+    layout = Layout(Mesh(**sizes))
+    tried: dict[tuple[ShardType, ...], Traced | None] = {}
     for placement in itertools.product(*(placements(x, sizes, grad) for x in operands)):
         try:
-            traced = trace(lambda *xs: tuple_of(fn(*xs)), layout, *placement)
+            tried[placement] = trace(lambda *xs: tuple_of(fn(*xs)), layout, *placement)
         except (ShardingError, Refusal):
-            refused.append(placement)
-            continue
-        legal.append(placement)
-        values = [spread(x, ty, sizes, generator) for x, ty in zip(operands, placement, strict=True)]
-        got = run_simulated(traced.finish(), values, cotangents, rtol=rtol)
-        _compare(placement, got, out, [x.grad for x in reference], rtol)
-    if not legal:
-        raise SimulationError(f"rulecheck: the rule allows none of {len(refused)} placements.")
-    return RuleCheck(tuple(legal), tuple(refused))
+            tried[placement] = None
+    return tried
 
 
 def tuple_of(out: Any) -> tuple[Any, ...]:
@@ -144,7 +157,6 @@ def _compare(
     grads: list[Tensor | None],
     rtol: float,
 ) -> None:
-    where = ", ".join(map(str, placement))
     values = optree.tree_leaves(got.value)
     named = [(f"result {i}", a, b) for i, (a, b) in enumerate(zip(values, out, strict=True))]
     for i, grad in enumerate(grads):
@@ -155,6 +167,10 @@ def _compare(
         error = (a.double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30)
         if not error <= rtol:
             raise SimulationError(
-                f"rulecheck: with operands ({where}) the {name} is off by {error:.3g} (relative L2). "
-                "The rule or the op's local form is wrong."
+                f"{_blame(placement)} the {name} is off by {error:.3g} (relative L2)."
             )
+
+
+def _blame(placement: tuple[ShardType, ...]) -> str:
+    where = ", ".join(map(str, placement))
+    return f"rulecheck: the rule or the op's local form is wrong: with operands ({where})"

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def latest(directory: str | os.PathLike[str]) -> Path | None:
 
 
 @contextmanager
-def staged(final: Path, world: World) -> Iterator[Path]:
+def staged(final: Path, world: World) -> Generator[Path]:
     """Give all ranks a fresh directory; when the block ends, rename it to `final`.
 
     Everything in it must be on the disk by then (see `write_file`). If the block raises, the

@@ -114,12 +114,12 @@ def _encode_leaf(stored: StoredLeaf, files: Sequence[str]) -> dict[str, Any]:
     leaf, index = stored.leaf, {name: position for position, name in enumerate(files)}
     return {
         "path": leaf.path,
-        "shape": [int(size) for size in leaf.shape],
+        "shape": list(leaf.shape),
         "dtype": dtype_name(leaf.dtype),
         "axes": leaf.axes,
         "chunks": [
             {
-                "box": [[int(start), int(stop)] for start, stop in chunk.box],
+                "box": [list(edge) for edge in chunk.box],
                 "file": index[chunk.file],
                 "offset": chunk.offset,
                 "nbytes": chunk.nbytes,

@@ -19,6 +19,9 @@ def threaded_worlds(size: int) -> list[World]:
     barrier, slots = threading.Barrier(size, timeout=SECONDS), [b""] * size
 
     def world(rank: int) -> World:
+        def meet() -> None:
+            barrier.wait()
+
         def gather(value: Any) -> list[Any]:
             slots[rank] = pickle.dumps(value)
             barrier.wait()
@@ -29,7 +32,7 @@ def threaded_worlds(size: int) -> list[World]:
         return World(
             rank=rank,
             size=size,
-            barrier=lambda: [barrier.wait(), None][1],
+            barrier=meet,
             gather=gather,
             broadcast=lambda value: gather(value if rank == 0 else None)[0],
         )

@@ -35,7 +35,9 @@ class Server:
         self.process.stdin.write(f"{directory} {first} {die_at}\n".encode())
         self.process.stdin.flush()
         self.saved = first - 1
-        return int(self.wait_for("pid"))
+        child = self.wait_for("pid")
+        assert child is not None
+        return int(child)
 
     def wait_for(self, word: str, seconds: float = 60.0) -> str | None:
         """Take lines until one starts with `word`; return its value, None when time is over."""
@@ -59,7 +61,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    root = Path(str(world.__file__)).parents[2]
+    root = Path(world.__file__).parents[2]
     with subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("crash_server.py"))],
         stdin=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,17 +17,18 @@ def refused(text: str):
     return pytest.raises(ValueError, match=f"^{re.escape(text)}$")
 
 
-def piece(path: str = "blocks.k", **changed) -> Piece:
-    made = {
+def piece(**changed: Any) -> Piece:
+    made: dict[str, Any] = {
+        "path": "blocks.k",
         "shape": (4, 8),
         "dtype": torch.float32,
         "axes": "kv_heads embed",
         "box": ((0, 2), (0, 8)),
     }
-    return Piece(path=path, **(made | changed))
+    return Piece(**(made | changed))
 
 
-PIECES = {
+PIECES: dict[str, tuple[dict[str, Any], str]] = {
     "no name": (
         {"path": ""},
         "Leaf: the path is empty. Name the leaf, for example 'blocks.wq'.",

@@ -1,0 +1,39 @@
+"""What a dataset needs of its token sequences, wherever they come from."""
+
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int32, Int64, Integer, Shaped
+
+
+class Sequences(Protocol):
+    """Numbered token sequences, and flat places that name a token each.
+
+    Attributes:
+        prefix: what a message calls them.
+        dtype: of a token.
+        lengths: tokens of each sequence.
+        documents: sequences before each document, then the number of sequences.
+    """
+
+    prefix: str
+    dtype: np.dtype
+    lengths: Int32[np.ndarray, " num_sequences"]
+    documents: Int64[np.ndarray, " num_bounds"]
+
+    @property
+    def identity(self) -> str:
+        """Digest of the content."""
+        ...
+
+    def starts(self, sequences: Integer[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """Return the place of the first token of each sequence; the others follow it."""
+        ...
+
+    def take(self, places: Integer[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
+        """Return the tokens at some places."""
+        ...
+
+    def verify(self) -> None:
+        """Raise a ValueError if the content is no longer what it was."""
+        ...
