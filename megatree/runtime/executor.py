@@ -10,7 +10,8 @@ from megatree.parallel.layout import PIPELINE
 from megatree.parallel.model import ModelProgram
 from megatree.parallel.schedule import Action, Recv, Schedule, Send, rank_programs
 from megatree.parallel.types import ShardType
-from megatree.runtime.forward import BoundModel, TermKey
+from megatree.parallel.split import weight_gradient
+from megatree.runtime.forward import BoundModel, Deferred, TermKey
 from megatree.runtime.leaves import Leaves
 
 Message = tuple[str, int, int]
@@ -23,6 +24,7 @@ class _Live:
     carry_in: tuple[Tensor, ...]
     roots: list[Tensor]
     seeds: list[Tensor | None]
+    deferred: list[Deferred]
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Executor:
         if schedule not in self._programs:
             self._programs = {schedule: rank_programs(schedule)}
         rank = self.bound.comm.coords.get(PIPELINE, 0)
-        step = _Step(self, consts, weights)
+        step = _Step(self, consts, weights, defer=schedule.splits)
         for event in self._programs[schedule][rank]:
             if isinstance(event, Action):
                 step.act(event)
@@ -115,7 +117,11 @@ class _Step:
         executor: Executor,
         consts: Sequence[Mapping[str, Tensor]],
         weights: Mapping[TermKey, Tensor],
+        *,
+        defer: bool,
     ) -> None:
+        self.defer = defer
+        self.queued: dict[tuple[int, int], list[tuple[Deferred, Tensor, Tensor]]] = {}
         self.bound, self.leaves = executor.bound, executor.leaves
         self.program, self.comm = executor.program, executor.bound.comm
         self.consts, self.weights = consts, weights
@@ -129,8 +135,10 @@ class _Step:
     def act(self, action: Action) -> None:
         if action.kind == "F":
             self.forward(action.stage, action.microbatch)
-        else:
+        elif action.kind == "B":
             self.backward(action.stage, action.microbatch)
+        else:
+            self.weights_of(action.stage, action.microbatch)
 
     def forward(self, stage: int, microbatch: int) -> None:
         carry_in: tuple[Tensor, ...] = ()
@@ -141,7 +149,8 @@ class _Step:
                 x.detach().requires_grad_(ty.grad) for x, ty in zip(received, types, strict=True)
             )
         out = self.bound.run(
-            self.program.entries(stage), self.leaves.of, carry_in, self.consts[microbatch]
+            self.program.entries(stage), self.leaves.of, carry_in, self.consts[microbatch],
+            defer=self.defer,
         )
         self.sums[microbatch].update({key: x.detach() for key, x in out.sums.items()})
         roots = list(out.sums.values())
@@ -152,21 +161,59 @@ class _Step:
             self.outbox["F", stage + 1, microbatch] = tuple(x.detach() for x in out.carry)
             flowing = [x for x in out.carry if x.requires_grad]
             roots, seeds = [*flowing, *roots], [*(None for _ in flowing), *seeds]
-        self.live[stage, microbatch] = _Live(carry_in, roots, seeds)
+        self.live[stage, microbatch] = _Live(carry_in, roots, seeds, out.deferred)
 
     def backward(self, stage: int, microbatch: int) -> None:
         live = self.live.pop((stage, microbatch))
         if stage < self.last:
             cotangents = self._take(("B", stage, microbatch))
             live.seeds[: len(cotangents)] = cotangents
-        if live.roots:
-            torch.autograd.backward(live.roots, live.seeds)
+        flowing = [x for x in live.carry_in if x.requires_grad]
+        if self.defer:
+            grads = self.backward_inputs(stage, microbatch, live, flowing)
+        else:
+            if live.roots:
+                torch.autograd.backward(live.roots, live.seeds)
+            grads = [x.grad for x in flowing]
         if stage > 0:
             self.outbox["B", stage - 1, microbatch] = tuple(
-                torch.zeros_like(x) if x.grad is None else x.grad
-                for x in live.carry_in
-                if x.requires_grad
+                torch.zeros_like(x) if g is None else g for x, g in zip(flowing, grads, strict=True)
             )
+
+    def backward_inputs(
+        self, stage: int, microbatch: int, live: _Live, flowing: list[Tensor]
+    ) -> list[Tensor | None]:
+        """Run a backward that leaves products' weights for `weights_of`; return the carry's."""
+        deferred = {id(product.weight) for product in live.deferred}
+        entries = self.program.entries(stage)
+        leaves = {id(w): w for name, index, _ in entries for w in self.leaves.of[name, index]}
+        others = [w for key, w in leaves.items() if key not in deferred]
+        slots = [slot for product in live.deferred for slot in product.slots]
+        inputs = [*flowing, *others, *slots]
+        grads: list[Tensor | None] = [None] * len(inputs)
+        if live.roots:
+            grads = list(torch.autograd.grad(live.roots, inputs, live.seeds, allow_unused=True))
+        for w, g in zip(others, grads[len(flowing) :], strict=False):
+            if g is not None:
+                self.leaves.add(w, g)
+        filled = grads[len(flowing) + len(others) :]
+        self.queued[stage, microbatch] = [
+            (product, x.detach(), g)
+            for product, x, g in zip(live.deferred, filled[::2], filled[1::2], strict=True)
+            if x is not None and g is not None
+        ]
+        return grads[: len(flowing)]
+
+    @torch.no_grad()
+    def weights_of(self, stage: int, microbatch: int) -> None:
+        """Compute the weight gradients that a backward left, and add them."""
+        totals: dict[int, tuple[Tensor, Tensor]] = {}
+        for item, x, g in self.queued.pop((stage, microbatch)):
+            grad = weight_gradient(item.product, x, g)
+            key = id(item.weight)
+            totals[key] = (item.weight, totals[key][1] + grad if key in totals else grad)
+        for weight, grad in totals.values():
+            self.leaves.add(weight, grad)
 
     def send(self, event: Send) -> None:
         for x in self.outbox.pop(event.message):
@@ -195,4 +242,4 @@ class _Step:
     def close(self) -> None:
         for wait in self.sending:
             wait()
-        assert not (self.live or self.inbox or self.outbox), "the schedule left work behind"
+        assert not (self.live or self.inbox or self.outbox or self.queued), "the schedule left work behind"

@@ -30,6 +30,7 @@ class Leaves:
     ) -> None:
         self.comm, self.groups, self.params, self.grads = comm, groups, params, grads
         self.by_path: dict[tuple[str, int | None], Tensor] = {}
+        self._adds: dict[int, Callable[[Tensor], None]] = {}
         self._left: dict[Bucket, int] = {}
         self._waits: list[Callable[[], None]] = []
         for group in groups:
@@ -38,8 +39,8 @@ class Leaves:
                 for leaf in group.leaves:
                     value = group.row(params[group.name], leaf, row).detach().requires_grad_()
                     target = group.row(grads[group.name], leaf, row)
-                    hook = self._accumulate(group, row, target)
-                    value.register_post_accumulate_grad_hook(hook)
+                    self._adds[id(value)] = self._accumulate(group, row, target)
+                    value.register_post_accumulate_grad_hook(self._hook)
                     self.by_path[leaf.path, layer] = value
         rank = comm.coords.get(PIPELINE, 0)
         self.entries = [
@@ -74,17 +75,25 @@ class Leaves:
         }
 
     def _accumulate(self, group: Group, row: int, target: Tensor) -> Callable[[Tensor], None]:
+        """Return what to do with a gradient of the leaf whose buffer is `target`."""
         bucket = (group.name, row)
 
-        def accumulate(leaf: Tensor) -> None:
-            assert leaf.grad is not None
-            target.add_(leaf.grad)
-            leaf.grad = None
+        def accumulate(grad: Tensor) -> None:
+            target.add_(grad)
             self._left[bucket] -= 1
             if self._left[bucket] == 0:
                 self._sum(group, row)
 
         return accumulate
+
+    def _hook(self, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        grad, leaf.grad = leaf.grad, None
+        self.add(leaf, grad)
+
+    def add(self, leaf: Tensor, grad: Tensor) -> None:
+        """Add a gradient that did not come through the leaf's hook."""
+        self._adds[id(leaf)](grad)
 
     def _sum(self, group: Group, row: int) -> None:
         if group.sync:
