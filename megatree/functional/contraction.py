@@ -45,7 +45,7 @@ def _contraction(text: str) -> Callable[..., Tensor]:
     einsum.__name__ = f"einsum {text!r}"
     marked = [[x if x in output else f"{x}+" for x in labels] for labels in operands]
     signature = f"{', '.join(map(' '.join, marked))} -> {' '.join(output)}"
-    return op(signature, linear=[[i] for i in range(len(operands))])(einsum)
+    return op(signature, linear=[[i] for i in range(len(operands))], product=True)(einsum)
 
 
 def _contract(compact: str, summed: int, xs: tuple[Tensor, ...]) -> Tensor:
@@ -97,7 +97,7 @@ def _linear_signature(ranks: Sequence[int]) -> str:
     return f"... d+, {rows} d+ -> ... {rows}"
 
 
-@op(_linear_signature, linear=[[0], [1]])
+@op(_linear_signature, linear=[[0], [1]], product=True)
 def linear(x: Shaped[Tensor, "... d"], weight: Shaped[Tensor, "*n d"]) -> Shaped[Tensor, "..."]:
     """Contract the last dim of `x` with the last dim of an output-major weight of any rank.
 

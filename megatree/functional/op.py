@@ -23,6 +23,7 @@ class OpRule:
         signature: text of `megatree.functional.signature.parse`, or a function of the operands' ranks.
         linear: sets of operand positions in which the op is jointly linear.
         comm: whether `fn` takes a comm over the signature's labels as its first argument.
+        product: whether the op is exactly the contraction that its labels spell.
     """
 
     name: str
@@ -30,10 +31,15 @@ class OpRule:
     signature: Text
     linear: tuple[tuple[int, ...], ...] = ()
     comm: bool = False
+    product: bool = False
 
 
 def op(
-    signature: Text, *, linear: Sequence[Sequence[int]] = (), comm: bool = False
+    signature: Text,
+    *,
+    linear: Sequence[Sequence[int]] = (),
+    comm: bool = False,
+    product: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a function as an op: tensors first (None for an absent one), then static options.
 
@@ -50,6 +56,8 @@ def op(
             pending sum may pass: [[0]] for a function linear in its first operand.
         comm: pass a comm over the signature's labels as first argument (`comm.axis_index("v")`),
             for functions that need the offset of a cut label, or own one.
+        product: promise that the function is exactly the contraction that its labels spell, so
+            that its weight gradient may be computed later (zero-bubble schedules).
 
     Returns:
         A decorator.
@@ -76,6 +84,7 @@ def op(
             signature=signature,
             linear=tuple(tuple(group) for group in linear),
             comm=comm,
+            product=product,
         )
         return call
 

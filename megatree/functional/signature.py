@@ -21,6 +21,7 @@ class Signature:
         sums, whole, own: the labels of these classes; all others are free.
         linear: sets of operand positions in which the op is jointly linear. A pending sum passes
             if the operands that carry it are exactly one of these sets.
+        product: whether the op is exactly the contraction that its labels spell.
     """
 
     operands: tuple[tuple[Label, ...], ...]
@@ -29,6 +30,7 @@ class Signature:
     whole: frozenset[str] = frozenset()
     own: frozenset[str] = frozenset()
     linear: tuple[frozenset[int], ...] = ()
+    product: bool = False
 
 
 _MARKS = {"+": "sums", "!": "whole", "@": "own"}

@@ -59,6 +59,26 @@ class RankComm:
     def ppermute(self, x: Tensor, axes: Axes, shift: int) -> Tensor:
         raise NotImplementedError
 
+    def prepare_members(self, axis: str, members: tuple[int, ...]) -> None:
+        """Set up the group of some coordinates of one axis; every rank calls it alike."""
+
+    def psum_members(self, x: Tensor, axis: str, members: tuple[int, ...]) -> Tensor:
+        """Sum over some coordinates of one axis; only those call it."""
+        raise NotImplementedError
+
+    def send_async(self, x: Tensor, axis: str, to: int) -> Callable[[], None]:
+        """Start sending to coordinate `to` of an axis; the returned function waits.
+
+        Messages between two ranks arrive in the order in which both post them.
+        """
+        raise NotImplementedError
+
+    def recv_async(
+        self, shape: tuple[int, ...], dtype: torch.dtype, axis: str, source: int
+    ) -> Callable[[], Tensor]:
+        """Start receiving from coordinate `source` of an axis; the returned function waits."""
+        raise NotImplementedError
+
     def psum_async(self, x: Tensor, axes: Axes) -> Callable[[], None]:
         """Start summing `x` in place; the returned function waits for the result."""
         x.copy_(self.psum(x, axes))

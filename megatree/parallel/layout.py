@@ -2,13 +2,18 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatree.functional.param import Array, Box, Param
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.mesh import Mesh
+from megatree.parallel.placement import Placement
+from megatree.parallel.schedule import Schedule, one_f_one_b
+
+PIPELINE = "pp"
+"""The mesh axis over which stages are placed; it never enters a type."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +46,73 @@ class Layout:
     Args:
         mesh: the ranks.
         rules: logical axis -> mesh axes.
+        placement: which stage runs which layer, if the mesh has a pipeline axis "pp"; None spreads
+            the layers evenly over the schedule's stages.
+        schedule: with "pp", a schedule or a function (ranks, microbatches) -> schedule.
     """
 
     mesh: Mesh = Mesh()
     rules: Rules = Rules()
+    placement: Placement | None = None
+    schedule: Schedule | Callable[[int, int], Schedule] | None = None
 
     def __post_init__(self) -> None:
+        if PIPELINE in self.mesh.sizes and self.schedule is None:
+            raise ShardingError(
+                f"layout: the mesh has pp={self.mesh.sizes[PIPELINE]} and no schedule. "
+                "Give one, for example Layout(mesh, rules, schedule=one_f_one_b)."
+            )
         for name, axes in self.rules.table:
             try:
                 cut = self.axes(name)
             except ShardingError as error:
                 raise ShardingError(f"rules: {name!r} -> {axes}: {error}") from None
+            if PIPELINE in cut:
+                raise ShardingError(
+                    f"rules: {name!r} -> {axes}: stages are placed, not cut. "
+                    "Take pp out of the rule and give a Placement."
+                )
             if len(cut) != len(set(cut)):
                 raise ShardingError(
                     f"rules: {name!r} -> {axes} uses a mesh axis twice ({' '.join(cut)}). "
                     "Name each mesh axis once."
                 )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis -> size, as types see it: without the pipeline axis."""
+        return {name: size for name, size in self.mesh.sizes.items() if name != PIPELINE}
+
+    @property
+    def num_stage_ranks(self) -> int:
+        """The number of pipeline ranks."""
+        return self.mesh.sizes.get(PIPELINE, 1)
+
+    def schedule_for(self, num_microbatches: int) -> Schedule:
+        """Return the schedule of a step.
+
+        Raises:
+            ShardingError: a fixed schedule has other ranks or microbatches.
+        """
+        ranks = self.num_stage_ranks
+        if self.schedule is None:
+            return one_f_one_b(1, num_microbatches)
+        if not isinstance(self.schedule, Schedule):
+            return self.schedule(ranks, num_microbatches)
+        found = (self.schedule.num_ranks, self.schedule.num_microbatches)
+        if found != (ranks, num_microbatches):
+            raise ShardingError(
+                f"schedule: is for {found[0]} ranks and {found[1]} microbatches, the mesh has "
+                f"pp={ranks} and the step {num_microbatches}. Give a schedule of that size."
+            )
+        return self.schedule
+
+    @property
+    def stage_rank(self) -> tuple[int, ...]:
+        """The pipeline rank that holds each stage."""
+        if isinstance(self.schedule, Schedule):
+            return self.schedule.stage_rank
+        return self.schedule_for(4 * self.num_stage_ranks).stage_rank
 
     def axes(self, name: str) -> tuple[str, ...]:
         """Return the atomic mesh axes that cut a logical axis; () for one without a rule."""
@@ -74,7 +130,7 @@ class Layout:
             ShardingError: a mesh axis cuts two dims, or a dim does not divide.
         """
         spec = tuple(self.axes(name) for name in names)
-        check_spec(spec, names, shape, self.mesh.sizes, place)
+        check_spec(spec, names, shape, self.sizes, place)
         return spec
 
     def box(
@@ -82,7 +138,7 @@ class Layout:
     ) -> Box:
         """Return one rank's box of an array of the given (padded) global shape."""
         spec = self.spec(leaf.names, shape, place)
-        return spec_box(spec, shape, self.mesh.sizes, coords)
+        return spec_box(spec, shape, self.sizes, coords)
 
     def check_names(self, used: set[str]) -> None:
         """Refuse a rule for an axis that nothing in the program is called by."""

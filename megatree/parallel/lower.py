@@ -46,7 +46,7 @@ class Traced:
             path: axes | (sync or {}).get(path, frozenset()) for path, axes in self.needs.items()
         }
         localise_iotas(self.graph)
-        synced = widen(self.graph, self.layout.mesh.sizes, needs)
+        synced = widen(self.graph, self.layout.sizes, needs)
         self.graph.lint()
         types = {
             n.meta["path"]: n.meta["type"] for n in self.graph.nodes if n.op == "placeholder"

@@ -15,6 +15,7 @@ from megatree.functional.tree import flatten_with_names, path_name
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.layout import Layout
 from megatree.parallel.lower import Traced, trace
+from megatree.parallel.placement import Placement
 from megatree.parallel.program import Program
 from megatree.parallel.tracer import Tracer
 from megatree.parallel.types import ShardType
@@ -57,6 +58,8 @@ class ModelProgram:
         order: (unit name, layer index within its kind or None, layer number) in execution order.
         sync: parameter path -> mesh axes over which its gradient is a pending sum.
         types: parameter path -> type of the leaf (of one layer, in a stack).
+        stages: the stage of every entry of `order`.
+        stage_rank: the pipeline rank that holds each stage.
     """
 
     model: Chain
@@ -67,6 +70,27 @@ class ModelProgram:
     order: tuple[tuple[str, int | None, int], ...]
     sync: Mapping[str, tuple[str, ...]]
     types: Mapping[str, ShardType]
+    stages: tuple[int, ...]
+    stage_rank: tuple[int, ...]
+
+    def entries(self, stage: int) -> list[tuple[str, int | None, int]]:
+        """Return the entries of `order` that a stage runs."""
+        return [entry for entry, s in zip(self.order, self.stages, strict=True) if s == stage]
+
+    def holders(self, path: str, index: int) -> tuple[int, ...]:
+        """Return the pipeline ranks that hold a leaf (of layer `index` of its kind, in a stack)."""
+        ranks = {
+            self.stage_rank[stage]
+            for (name, at, _), stage in zip(self.order, self.stages, strict=True)
+            if path in self.units[name].leaves.values()
+            and (at is None or not path.startswith(f"{name}.") or at == index)
+        }
+        return tuple(sorted(ranks))
+
+    def carry_types(self, stage: int) -> tuple[ShardType, ...]:
+        """Return the types of the flat carry that a stage hands on."""
+        unit = self.units[self.entries(stage)[-1][0]]
+        return unit.program.out_types[: unit.num_carry]
 
     def programs(self) -> Iterator[Program]:
         yield self.consts
@@ -121,6 +145,9 @@ def lower_model(model: Chain, layout: Layout) -> ModelProgram:
         *(u.program.axis_names for u in units.values()), *(a.names for a in model.batch.values())
     )
     layout.check_names(set(used))
+    stage_rank = layout.stage_rank
+    is_layer = [index is not None for _, index, _ in order]
+    stages = (layout.placement or Placement()).stages(is_layer, len(stage_rank))
     return ModelProgram(
         model=model,
         layout=layout,
@@ -138,6 +165,8 @@ def lower_model(model: Chain, layout: Layout) -> ModelProgram:
             for unit in units.values()
             for local, path in unit.leaves.items()
         },
+        stages=stages,
+        stage_rank=stage_rank,
     )
 
 

@@ -76,7 +76,7 @@ class Program:
 
     @property
     def mesh_sizes(self) -> dict[str, int]:
-        return self.layout.mesh.sizes
+        return self.layout.sizes
 
     @property
     def collectives(self) -> list[Collective]:

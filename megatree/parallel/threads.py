@@ -26,7 +26,7 @@ class Threads:
         self.slots: dict[Any, dict[int, tuple[Any, Any]]] = {}
         self.reads: dict[Any, int] = {}
         self.waiting: dict[int, str] = {}
-        self.mail: dict[tuple[int, int], list[tuple[Any, Tensor]]] = {}
+        self.mail: dict[tuple[int, int], list[Tensor | None]] = {}
         self.error: BaseException | None = None
         self.live = 0
 
@@ -105,6 +105,7 @@ class ThreadComm(RankComm):
         self.coords = dict(zip(world.sizes, world.points[rank], strict=True))
         self.calls: dict[tuple[int, ...], int] = {}
         self.counts: dict[str, int] = {}
+        self.received: dict[int, int] = {}
 
     def members(self, axes: Axes) -> list[int]:
         """Return the ranks of the group over `axes`, in the order of the tuple."""
@@ -115,8 +116,14 @@ class ThreadComm(RankComm):
         return out
 
     def exchange(self, kind: str, axes: Axes, send: list[Tensor | None], tag: Any = None) -> list[Any]:
-        """Give one tensor to every member of the group and get one from each."""
-        world, group = self.world, self.members(axes)
+        """Give one tensor to every rank of the group over `axes` and get one from each."""
+        return self.exchange_in(self.members(axes), kind, axes, send, tag)
+
+    def exchange_in(
+        self, group: list[int], kind: str, axes: Axes, send: list[Any], tag: Any = None
+    ) -> list[Any]:
+        """Give one tensor to every rank of a group and get one from each."""
+        world = self.world
         me, name = group.index(self.rank), tuple(sorted(group))
         call = self.calls[name] = self.calls.get(name, 0) + 1
         self.counts[kind] = self.counts.get(kind, 0) + 1
@@ -181,20 +188,41 @@ class ThreadComm(RankComm):
         send = [x if j == (i + shift) % n else None for j in range(n)]
         return self.exchange("ppermute", axes, send, (tuple(x.shape), shift % n))[(i - shift) % n]
 
-    def send(self, x: Tensor, to: int, tag: Any) -> None:
-        """Put a tensor into the channel to a rank; does not wait."""
-        with self.world.changed:
-            self.world.mail.setdefault((self.rank, to), []).append((tag, x.detach().clone()))
-            self.world.waiting.pop(to, None)
-            self.world.changed.notify_all()
+    def psum_members(self, x: Tensor, axis: str, members: tuple[int, ...]) -> Tensor:
+        group = [self.peer(axis, member) for member in members]
+        parts = self.exchange_in(group, "psum", (axis,), [x] * len(group), tuple(x.shape))
+        return sum(parts[1:], parts[0])
 
-    def recv(self, source: int, tag: Any) -> Tensor:
-        """Take the next tensor out of the channel from a rank; its tag must match."""
-        world = self.world
+    def peer(self, axis: str, coordinate: int) -> int:
+        """Return the rank at a coordinate of one axis, all others as here."""
+        at = {**self.coords, axis: coordinate}
+        return self.world.rank_of[tuple(at[a] for a in self.sizes)]
+
+    def send_async(self, x: Tensor, axis: str, to: int) -> Callable[[], None]:
+        world, peer = self.world, self.peer(axis, to)
         with world.changed:
-            channel = world.mail.setdefault((source, self.rank), [])
-            world.block(self.rank, f"recv {tag} from rank {source}", lambda: bool(channel))
-            found, x = channel.pop(0)
-            if found != tag:
-                world.fail(f"rank {self.rank} receives {tag}, next from rank {source} is {found}.")
+            world.mail.setdefault((self.rank, peer), []).append(x.detach().clone())
+            world.waiting.pop(peer, None)  # it may run from now on, even before it wakes
+            world.changed.notify_all()
+        return lambda: None
+
+    def recv_async(
+        self, shape: tuple[int, ...], dtype: torch.dtype, axis: str, source: int
+    ) -> Callable[[], Tensor]:
+        world, peer = self.world, self.peer(axis, source)
+        number = self.received[peer] = self.received.get(peer, 0) + 1
+
+        def wait() -> Tensor:
+            with world.changed:
+                channel = world.mail.setdefault((peer, self.rank), [])
+                what = f"receive {number} from rank {peer}"
+                world.block(self.rank, what, lambda: len(channel) >= number)
+                x, channel[number - 1] = channel[number - 1], None
+                if x is None or tuple(x.shape) != shape or x.dtype != dtype:
+                    found = None if x is None else list(x.shape)
+                    world.fail(
+                        f"{what}: rank {self.rank} expects {dtype} {list(shape)}, gets {found}."
+                    )
             return x
+
+        return wait

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Tracer:
 
     def __init__(self, layout: Layout, sizes: Mapping[str, int] | None = None) -> None:
         self.layout = layout
-        self.mesh_sizes = layout.mesh.sizes
+        self.mesh_sizes = layout.sizes
         self.graph = fx.Graph()
         self.sizes = sizes or {}
         self.bound: dict[str, tuple[int, str]] = {}
@@ -169,7 +170,9 @@ class Tracer:
                 _, calls = try_locally(func, table, self.mesh_sizes, args, kwargs)
             args, func = (func, table, *args), scoped_op
         out = self.emit(func, args, kwargs, types, metas, op=name, single=single)
-        (out.node if single else out[0].node.args[0]).meta["calls"] = tuple(calls)
+        node = out.node if single else out[0].node.args[0]
+        node.meta["calls"] = tuple(calls)
+        node.meta["product"] = sig if sig.product else None
         return out
 
     def infer(self, name: str, sig: Signature, operands: Sequence[TypedTensor]) -> Inference:
@@ -222,7 +225,7 @@ class Tracer:
         ranks = [x.dim() for x in operands]
         text = rule.signature if isinstance(rule.signature, str) else rule.signature(ranks)
         try:
-            sig = parse(text, ranks, rule.linear)
+            sig = replace(parse(text, ranks, rule.linear), product=rule.product)
         except ValueError as error:
             raise ShardingError(f"{user_line()}: {rule.name}: {error}") from None
         evaluate = (lambda *a, **k: rule.fn(SINGLE, *a, **k)) if rule.comm else rule.fn

@@ -30,6 +30,7 @@ class ProcessComm(RankComm):
         self.coords = mesh.coords(dist.get_rank())
         self.device = torch.device(device)
         self.groups: dict[Axes, tuple[Any, str]] = {}
+        self.member_groups: dict[tuple[str, tuple[int, ...]], Any] = {}
         self.orders: dict[Axes, tuple[list[int], list[int]] | None] = {}
 
     def prepare(self, axes_list: Iterable[Axes]) -> None:
@@ -134,6 +135,45 @@ class ProcessComm(RankComm):
         ):
             work.wait()
         return out
+
+    def prepare_members(self, axis: str, members: tuple[int, ...]) -> None:
+        if (axis, members) in self.member_groups:
+            return
+        others = tuple(a for a in self.sizes if a != axis)
+        for rank in self.mesh.ranks(others, {**self.coords, axis: 0}) if others else [0]:
+            at = self.mesh.coords(rank)
+            ranks = [self.mesh.ranks((axis,), at)[member] for member in members]
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                self.member_groups[axis, members] = group
+        self.member_groups.setdefault((axis, members), None)
+
+    def psum_members(self, x: Tensor, axis: str, members: tuple[int, ...]) -> Tensor:
+        out = x.clone()
+        dist.all_reduce(out, group=self.member_groups[axis, members])
+        return out
+
+    def send_async(self, x: Tensor, axis: str, to: int) -> Callable[[], None]:
+        work = dist.isend(x, self.mesh.ranks((axis,), self.coords)[to])
+
+        def wait(keep: Tensor = x) -> None:  # the tensor must live until it is sent
+            if work is not None:
+                work.wait()
+
+        return wait
+
+    def recv_async(
+        self, shape: tuple[int, ...], dtype: torch.dtype, axis: str, source: int
+    ) -> Callable[[], Tensor]:
+        out = torch.empty(shape, dtype=dtype, device=self.device)
+        work = dist.irecv(out, self.mesh.ranks((axis,), self.coords)[source])
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            return out
+
+        return wait
 
     def psum_async(self, x: Tensor, axes: Axes) -> Callable[[], None]:
         work = dist.all_reduce(x, group=self.groups[axes][0], async_op=True)

@@ -1,7 +1,7 @@
-"""Loss and gradients of a step: microbatches, accumulation in float32, overlapped sync."""
+"""Loss and gradients of a step: weights first, then all microbatches, then the sums."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,68 +9,30 @@ from torch import Tensor
 
 from megatree.functional.chain import Chain
 from megatree.parallel.comm import RankComm
-from megatree.parallel.layout import Layout
+from megatree.parallel.layout import PIPELINE, Layout
 from megatree.parallel.model import ModelProgram, lower_model
-from megatree.runtime.forward import BoundModel, one_device
+from megatree.runtime.executor import Executor
+from megatree.runtime.forward import BoundModel, TermKey, one_device
+from megatree.runtime.leaves import Leaves, buffers, held_groups
 from megatree.runtime.packing import Group, pack, store, views
 
-TermKey = tuple[str, int, str]
 
-
-@dataclass
+@dataclass(frozen=True)
 class Gradients:
-    """Parameters as leaves over flat buffers, and the gradients that flow back into flat buffers.
+    """A lowered model with its buffers on one rank; calling it fills `grads` in place.
 
-    Works in place: `params` and `grads` are buffers (group name -> [rows, elements]).
+    Args:
+        bound: the model bound to this rank.
+        groups: the plan of the buffers.
+        params, grads: group name -> buffer [rows, elements].
+        executor: runs the schedule.
     """
 
     bound: BoundModel
     groups: tuple[Group, ...]
     params: dict[str, Tensor]
     grads: dict[str, Tensor]
-    leaves: dict[tuple[str, int | None], list[Tensor]] = field(default_factory=dict)
-    _left: dict[tuple[str, int], int] = field(default_factory=dict)
-    _waits: list[Callable[[], None]] = field(default_factory=list)
-    _started: set[tuple[str, int]] = field(default_factory=set)
-    _last: bool = False
-
-    def __post_init__(self) -> None:
-        by_path: dict[str, list[Tensor]] = {}
-        for group in self.groups:
-            for leaf in group.leaves:
-                rows = []
-                for row in range(group.rows):
-                    part = slice(leaf.start, leaf.start + leaf.size)
-                    value = self.params[group.name][row, part].view(leaf.shape)
-                    value = value.detach().requires_grad_()
-                    target = self.grads[group.name][row, part].view(leaf.shape)
-                    value.register_post_accumulate_grad_hook(self._hook(group, row, target))
-                    rows.append(value)
-                by_path[leaf.path] = rows
-        for name, index, _ in self.bound.program.order:
-            unit = self.bound.program.units[name]
-            self.leaves[name, index] = [
-                by_path[path][index or 0] for path in unit.leaves.values()
-            ]
-
-    def _hook(self, group: Group, row: int, target: Tensor) -> Callable[[Tensor], None]:
-        bucket = (group.name, row)
-
-        def accumulate(leaf: Tensor) -> None:
-            target.add_(leaf.grad)
-            leaf.grad = None
-            if self._last:
-                self._left[bucket] -= 1
-                if self._left[bucket] == 0:
-                    self._start(group, row)
-
-        return accumulate
-
-    def _start(self, group: Group, row: int) -> None:
-        self._started.add((group.name, row))
-        if group.sync:
-            comm = self.bound.comm
-            self._waits.append(comm.psum_async(self.grads[group.name][row], group.sync))
+    executor: Executor
 
     def __call__(
         self, microbatches: Sequence[Mapping[str, Tensor]]
@@ -87,32 +49,12 @@ class Gradients:
         Raises:
             ValueError: a term has no weight in the whole step (every token is masked).
         """
-        for buffer in self.grads.values():
-            buffer.zero_()
-        all_consts, weights = self._consts_and_weights(microbatches, self.bound)
-        sums: list[dict[TermKey, Tensor]] = []
-        self._left = {
-            (group.name, row): len(group.leaves)
-            for group in self.groups
-            for row in range(group.rows)
-        }
-        self._started.clear()
-        for number, consts in enumerate(all_consts):
-            self._last = number == len(all_consts) - 1
-            forward = self.bound.run(self.leaves, consts)
-            roots = list(forward.sums)
-            torch.autograd.backward(
-                [forward.sums[key] for key in roots],
-                [(1.0 / weights[key]).to(forward.sums[key].dtype) for key in roots],
-            )
-            sums.append({key: value.detach() for key, value in forward.sums.items()})
-        for group in self.groups:  # buckets with a leaf that nothing used
-            for row in range(group.rows):
-                if (group.name, row) not in self._started:
-                    self._start(group, row)
-        for wait in self._waits:
-            wait()
-        self._waits.clear()
+        leaves = self.executor.leaves
+        schedule = self.bound.program.layout.schedule_for(len(microbatches))
+        consts, weights = self._consts_and_weights(microbatches, self.bound)
+        leaves.begin(len(microbatches))
+        sums = self.executor.run(schedule, consts, weights)
+        leaves.finish()
         return self._values(sums, weights), {key[2]: weight for key, weight in weights.items()}
 
     @torch.no_grad()
@@ -121,15 +63,17 @@ class Gradients:
     ) -> dict[str, Tensor]:
         """Compute the terms of the loss without gradients, of this model or its evaluation form."""
         bound = bound or self.bound
-        all_consts, weights = self._consts_and_weights(microbatches, bound)
-        return self._values([bound.run(self.leaves, c).sums for c in all_consts], weights)
+        consts, weights = self._consts_and_weights(microbatches, bound)
+        executor = Executor(bound, self.executor.leaves)
+        return self._values([executor.evaluate(c) for c in consts], weights)
 
     def _consts_and_weights(
         self, microbatches: Sequence[Mapping[str, Tensor]], bound: BoundModel
     ) -> tuple[list[dict[str, Tensor]], dict[TermKey, Tensor]]:
         """Compute the consts of every microbatch and the terms' weights over the whole step."""
-        all_consts = [bound.consts(batch) for batch in microbatches]
-        weights = self._total([bound.weights(consts) for consts in all_consts], 1)
+        consts = [bound.consts(batch) for batch in microbatches]
+        keys = bound.term_keys
+        weights = self._total([bound.weights(c) for c in consts], keys, 1)
         empty = sorted({key[2] for key, weight in weights.items() if not weight.item() > 0})
         if empty:
             raise ValueError(
@@ -137,35 +81,41 @@ class Gradients:
                 "microbatches (every token is masked). Give the step a batch with at least one "
                 "token that counts."
             )
-        return all_consts, weights
+        return consts, weights
 
     def _values(
         self, sums: Sequence[Mapping[TermKey, Tensor]], weights: Mapping[TermKey, Tensor]
     ) -> dict[str, Tensor]:
         """Divide the terms' sums by their weights, and add a stack's layers."""
         values: dict[str, Tensor] = {}
-        for key, total in self._total(sums, 0).items():
+        for key, total in self._total(sums, self.bound.term_keys, 0).items():
             value = total / weights[key]
             values[key[2]] = values[key[2]] + value if key[2] in values else value
         return values
 
     def _total(
-        self, parts: Sequence[Mapping[TermKey, Tensor]], which: int
+        self, parts: Sequence[Mapping[TermKey, Tensor]], keys: Sequence[TermKey], which: int
     ) -> dict[TermKey, Tensor]:
-        """Add a quantity of every term over microbatches and over the axes on which it is pending."""
-        units = self.bound.program.units
+        """Add a quantity of every term over microbatches and over the axes on which it is pending.
+
+        A sum (`which` 0) exists on the pipeline rank of its stage only; a weight (1) everywhere.
+        """
+        comm, units = self.bound.comm, self.bound.program.units
         by_axes: dict[tuple[str, ...], list[TermKey]] = {}
-        for key in parts[0]:
+        for key in keys:
             unit = units[key[0]]
-            ty = unit.program.out_types[unit.terms[key[2]][which]]
-            by_axes.setdefault(ty.axes_in("P"), []).append(key)
+            axes = unit.program.out_types[unit.terms[key[2]][which]].axes_in("P")
+            if which == 0 and PIPELINE in comm.sizes:
+                axes = (PIPELINE, *axes)
+            by_axes.setdefault(axes, []).append(key)
         out: dict[TermKey, Tensor] = {}
-        for axes, keys in by_axes.items():
+        zero = torch.zeros((), dtype=torch.float64, device=comm.device)
+        for axes, group in by_axes.items():
             local = torch.stack(
-                [sum(part[key].double() for part in parts) for key in keys]  # type: ignore[misc]
+                [sum((p[key].double() for p in parts if key in p), zero) for key in group]
             )
-            total = self.bound.comm.psum(local, axes) if axes else local
-            out.update(zip(keys, total.unbind(), strict=True))
+            total = comm.psum(local, axes) if axes else local
+            out.update(zip(group, total.unbind(), strict=True))
         return out
 
 
@@ -177,16 +127,16 @@ def make_gradients(
     transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
 ) -> Gradients:
     """Allocate buffers for a lowered model and bind it to a rank; gradients in float32 or better."""
-    groups = groups or pack(program)
-    return Gradients(
-        bound=BoundModel(program, comm, transform=transform),
-        groups=groups,
-        params={g.name: g.allocate(g.dtype, comm.device) for g in groups},
-        grads={
-            g.name: g.allocate(torch.promote_types(g.dtype, torch.float32), comm.device)
-            for g in groups
-        },
-    )
+    rank = comm.coords.get(PIPELINE, 0)
+    groups = groups or pack(program, stage_rank=rank)
+    bound = BoundModel(program, comm, transform=transform)
+    for other in range(program.layout.num_stage_ranks):  # every rank makes every group
+        for holders in held_groups(pack(program, stage_rank=other)):
+            comm.prepare_members(PIPELINE, holders)
+    params = buffers(groups, comm.device)
+    grads = buffers(groups, comm.device, grads=True)
+    leaves = Leaves(program, comm, groups, params, grads)
+    return Gradients(bound, groups, params, grads, Executor(bound, leaves))
 
 
 def value_and_grad(
@@ -198,13 +148,13 @@ def value_and_grad(
 
     Args:
         model: a chain.
-        layout: mesh and rules.
+        layout: mesh and rules, and with a pipeline its placement and schedule.
         comm: this rank's collectives; None for a layout of one rank.
 
     Returns:
         A function of a tree of local parameters (as `init(..., layout=, coords=)` gives) and a
         sequence of local microbatches; it returns term name -> value, and the tree of gradients
-        in float32 or better.
+        in float32 or better (of the layers that this rank holds; None for leaves it does not).
 
     Raises:
         ShardingError: the model cannot be typed under this layout.

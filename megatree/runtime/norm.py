@@ -13,7 +13,7 @@ def global_norm(groups: tuple[Group, ...], grads: Mapping[str, Tensor], comm: Ra
     """Return the L2 norm of all gradients as a float64 scalar that all ranks share.
 
     The local sum of squares of a group is divided by the number of ranks that hold the same
-    elements; one scalar is summed over the whole mesh.
+    elements (and of stages that hold a copy); one scalar is summed over the whole mesh.
 
     Args:
         groups: the plan of the buffers.
@@ -23,7 +23,7 @@ def global_norm(groups: tuple[Group, ...], grads: Mapping[str, Tensor], comm: Ra
     total = torch.zeros((), dtype=torch.float64, device=comm.device)
     for group in groups:
         norm = torch.linalg.vector_norm(grads[group.name]).double()
-        total = total + norm * norm / group.copies
+        total = total + norm * norm / (group.copies * max(1, len(group.holders)))
     axes = tuple(comm.sizes)
     return (comm.psum(total, axes) if axes else total).sqrt()
 

@@ -32,24 +32,20 @@ def _buffer_pieces(
     names, leaves, _ = flatten_with_names(program.model.params)
     declared: dict[str, Param] = dict(zip(names, leaves, strict=True))
     for group in step.groups:
-        for leaf in group.leaves:
+        for leaf, layer, view in group.rows(buffers[group.name]):
             param, ty = declared[leaf.path], program.types[leaf.path]
             shape = logical_shape(param, program.model.sizes, leaf.path)
             box = spec_box(ty.spec, ty.shape, comm.sizes, comm.coords)
-            logical = shape[1:] if group.stacked else shape
-            kept = _inside(box, logical)
-            view = group.view(buffers[group.name], leaf)
-            local = tuple(slice(0, b - a) for a, b in kept)
-            for row in range(group.rows):
-                data = view[row] if group.stacked else view
-                yield Piece(
-                    path=f"{prefix}.{leaf.path}",
-                    shape=shape,
-                    dtype=data.dtype,
-                    axes=param.axes,
-                    box=((row, row + 1), *kept) if group.stacked else kept,
-                    data=data[local].unsqueeze(0) if group.stacked else data[local],
-                )
+            kept = _inside(box, shape if layer is None else shape[1:])
+            data = view[tuple(slice(0, b - a) for a, b in kept)]
+            yield Piece(
+                path=f"{prefix}.{leaf.path}",
+                shape=shape,
+                dtype=data.dtype,
+                axes=param.axes,
+                box=kept if layer is None else ((layer, layer + 1), *kept),
+                data=data if layer is None else data.unsqueeze(0),
+            )
 
 
 def _inside(box: Box, shape: tuple[int, ...]) -> Box:

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from megatree.functional import keys
 from megatree.functional.chain import Chain
-from megatree.functional.param import init as init_params
+from megatree.functional.param import initial_value, logical_shape
+from megatree.functional.tree import flatten_with_names
 from megatree.parallel.comm import RankComm
-from megatree.parallel.layout import Layout, spec_box
+from megatree.parallel.layout import PIPELINE, Layout, spec_box
 from megatree.parallel.model import ModelProgram, lower_model
 from megatree.runtime.adamw import Optimizer
 from megatree.runtime.forward import BoundModel, one_device
 from megatree.runtime.gradients import Gradients, make_gradients
 from megatree.runtime.norm import clip_factor, global_norm
-from megatree.runtime.packing import Group, decays_matrices, pack, store, views
+from megatree.runtime.packing import Group, decays_matrices, pack, views
 
 
 @dataclass
@@ -76,17 +77,24 @@ class TrainStep:
         """Allocate parameters and optimizer state; values depend on the seed alone, not the mesh."""
         program, comm = self.program, self.gradients.bound.comm
         model = program.model
-        tree = init_params(
-            model.params,
-            model.sizes,
-            self.seed if seed is None else seed,
-            layout=program.layout,
-            coords=comm.coords,
-            dtype=model.dtype,
-            device=comm.device,
-        )
-        store(self.groups, self.gradients.params, tree)
+        names, leaves, _ = flatten_with_names(model.params)
+        declared = dict(zip(names, leaves, strict=True))
         params = self.gradients.params
+        with torch.no_grad():
+            for group in self.groups:
+                for leaf, layer, view in group.rows(params[group.name]):
+                    ty, param = program.types[leaf.path], declared[leaf.path]
+                    box = spec_box(ty.spec, ty.shape, comm.sizes, comm.coords)
+                    value = initial_value(
+                        param,
+                        leaf.path,
+                        logical_shape(param, model.sizes, leaf.path),
+                        box if layer is None else ((layer, layer + 1), *box),
+                        self.seed if seed is None else seed,
+                        group.dtype,
+                        comm.device,
+                    )
+                    view.copy_(value if layer is None else value[0])
         return TrainState(step=0, params=params, opt=self.optimizer.init(params))
 
     def params(self, state: TrainState) -> Any:
@@ -186,9 +194,10 @@ def train_step(
         ShardingError: the model cannot be typed under this layout.
     """
     program = lower_model(model, layout)
-    groups = pack(program, decays=decays)
+    comm = comm or one_device(layout)
+    groups = pack(program, decays=decays, stage_rank=comm.coords.get(PIPELINE, 0))
     gradients = make_gradients(
-        program, comm or one_device(layout), groups=groups, transform=transform
+        program, comm, groups=groups, transform=transform
     )
     evaluation = gradients.bound
     if (form := model.for_evaluation()) is not model:

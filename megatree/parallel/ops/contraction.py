@@ -22,6 +22,7 @@ def contraction(ins: list[list[Any]], out: list[Any]) -> Signature:
         outputs=(tuple(out),),
         sums=frozenset(gone),
         linear=tuple(frozenset([i]) for i in range(len(ins))),
+        product=True,
     )
 
 
