@@ -112,7 +112,8 @@ def _check_masks(
 def _choose(kernel: str, dropout: float, operands: tuple[Tensor, ...]) -> str:
     """Return the kernel that runs; refuse one that cannot do what is asked."""
     if kernel not in get_args(Kernel):
-        raise ValueError(f"attention: no kernel {kernel!r}. Kernels are {', '.join(get_args(Kernel))}.")
+        known = ", ".join(get_args(Kernel))
+        raise ValueError(f"attention: no kernel {kernel!r}. Kernels are {known}.")
     if kernel == "sdpa" and dropout > 0.0:
         raise ValueError(
             f"attention: kernel 'sdpa' has no dropout by key, the rate is {dropout}. "

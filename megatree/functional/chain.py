@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import optree
 import torch
@@ -14,6 +14,7 @@ from megatree.functional.param import Array, num_elements, stacked
 from megatree.functional.tree import map_with_names
 
 
+@runtime_checkable
 class Block(Protocol):
     """The protocol of a segment's function.
 

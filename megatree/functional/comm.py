@@ -1,10 +1,11 @@
 """The collectives that a body or an op may speak, over logical axes; on one device all are trivial."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 
+@runtime_checkable
 class Comm(Protocol):
     """Collectives over logical axes, differentiable: each has exactly one stateless dual.
 

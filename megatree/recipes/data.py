@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 from tokenizers.implementations import ByteLevelBPETokenizer
 
 from megatree.io.data import TokenDataset, encode_documents, load_demo, split_documents
-from megatree.recipes.config import DataConfig, RunConfig, did_you_mean
+from megatree.recipes.config import DataConfig, RunConfig
+from megatree.recipes.words import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,6 @@ from megatree.runtime.train import (
     begin,
     check_start,
     evaluate,
-    evaluator,
     find_checkpoint,
     train,
 )
@@ -48,7 +47,6 @@ class Job:
         step: the training step, lowered and bound.
         data: samples to train on.
         held_out: samples to evaluate on, if any.
-        valid: computes the loss over so many of them.
         progress: where the run begins or goes on.
         resumed: the checkpoint it goes on from, or "".
         report: what rank 0 does with news.
@@ -59,10 +57,15 @@ class Job:
     step: TrainStep
     data: TokenDataset
     held_out: TokenDataset | None
-    valid: Callable[[int], float]
     progress: Progress
     resumed: str
     report: Report
+
+    def valid_loss(self, num_samples: int) -> float:
+        """Return the loss over so many held-out samples, always the same ones; every rank calls it."""
+        assert self.held_out is not None, "the config holds nothing out"
+        size = self.cfg.train.microbatch
+        return evaluate(self.step, self.held_out, num_samples=num_samples, microbatch=size)
 
     def train(self, *, stop: int | None = None) -> "Job":
         """Train to the end, or to the step `stop`; return the job as it is then."""
@@ -83,7 +86,7 @@ class Job:
             data=self.data,
             lr=schedule_of(cfg),
             world=self.world,
-            valid=partial(self.valid, cfg.train.eval_samples) if cfg.train.eval_every else None,
+            valid=partial(self.valid_loss, cfg.train.eval_samples) if cfg.train.eval_every else None,
             extra={"config": to_plain(cfg)},
             report=self.report,
         )
@@ -101,7 +104,7 @@ def open_job(device: torch.device, cfg: RunConfig, report: Report) -> Job:
     Raises:
         ValueError: the config, the data, the checkpoint or the ranks contradict each other.
     """
-    world, layout, model = current_world(), layout_of(cfg), model_of(cfg)
+    world, layout, model = current_world(), layout_of(cfg.mesh, cfg.rules), model_of(cfg)
     data, held_out = world.agree(lambda: datasets(cfg))
     sides = {"train": data} if held_out is None else {"train": data, "valid": held_out}
     check_start(world, cfg, lower_model(model, layout), sides)
@@ -118,20 +121,12 @@ def open_job(device: torch.device, cfg: RunConfig, report: Report) -> Job:
     changed = world.broadcast(world.on_first(lambda: check_same_model(path, cfg))) if path else {}
     progress = begin(step, path, data=data, world=world)
     world.on_first(lambda: _keep_records(cfg, progress.state.step))
-    terms = evaluator(step, model_of(cfg, dropout=False))
-
-    def valid(num_samples: int) -> float:
-        assert held_out is not None
-        size = cfg.train.microbatch
-        return evaluate(step, terms, held_out, num_samples=num_samples, microbatch=size)
-
     job = Job(
         cfg=cfg,
         world=world,
         step=step,
         data=data,
         held_out=held_out,
-        valid=valid,
         progress=progress,
         resumed=path,
         report=partial(_record, cfg.checkpoint.dir, report),

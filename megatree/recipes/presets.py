@@ -22,7 +22,7 @@ def demo() -> RunConfig:
     return RunConfig(
         model=GPTConfig(
             vocab_size=512,
-            seq_length=256,
+            seq_length=128,
             num_layers=4,
             embed=128,
             kv_heads=4,
@@ -32,13 +32,13 @@ def demo() -> RunConfig:
         mesh=MeshConfig(tp=2),
         rules=megatron_rules(sequence_parallel=True),
         data=DataConfig(text="demo", tokenizer="demo", valid_fraction=0.05),
-        optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20),
+        optimizer=OptimizerConfig(lr=5e-3, min_lr=5e-4, warmup_steps=30),
         train=TrainConfig(
-            steps=300,
-            global_batch=8,
-            microbatch=8,
+            steps=400,
+            global_batch=16,
+            microbatch=16,
             eval_every=100,
-            eval_samples=64,
+            eval_samples=128,
         ),
         checkpoint=CheckpointConfig(dir="runs/demo", every=100),
     )

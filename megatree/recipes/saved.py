@@ -7,7 +7,8 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megatree.recipes.config import RunConfig, did_you_mean
+from megatree.recipes.config import RunConfig
+from megatree.recipes.words import did_you_mean
 
 CONFIG_FILE = "config.json"
 

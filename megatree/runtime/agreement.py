@@ -1,6 +1,7 @@
 """At start, ranks must agree on config, plan, code and data; the first field that differs is named."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -42,10 +43,11 @@ def code_version() -> str:
 
 
 def plan_text(program: ModelProgram) -> str:
-    """Return what a rank is about to run, constants included, as text."""
+    """Return what a rank is about to run, constants included, as text that is equal on all ranks."""
     parts = [program.explain()]
     parts += [str(part.graph) for part in program.programs()]
-    return "\n".join(parts)
+    # Graphs spell functions with their addresses, which differ between processes.
+    return re.sub(r" at 0x[0-9a-f]+", "", "\n".join(parts))
 
 
 def check_agreement(world: World, facts: Mapping[str, str]) -> None:

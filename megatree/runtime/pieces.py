@@ -1,6 +1,6 @@
 """A training state as boxes of global arrays, which is what a checkpoint holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,27 +11,34 @@ from megatree.functional.tree import flatten_with_names
 from megatree.io import checkpoint
 from megatree.io.checkpoint import Piece
 from megatree.io.world import World
+from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import spec_box
+from megatree.parallel.model import ModelProgram
+from megatree.runtime.packing import Group
 from megatree.runtime.step import TrainState, TrainStep
 
 
 def state_pieces(step: TrainStep, state: TrainState) -> list[Piece]:
     """Return this rank's pieces of the parameters, the optimizer's moments and the step count."""
-    pieces = list(_buffer_pieces(step, state.params, "params"))
+    program, comm = step.program, step.gradients.bound.comm
+    pieces = list(buffer_pieces(program, step.groups, comm, state.params, "params"))
     for name, buffers in state.opt.items():
         if buffers is not None:
-            pieces += _buffer_pieces(step, buffers, f"opt.{name}")
+            pieces += buffer_pieces(program, step.groups, comm, buffers, f"opt.{name}")
     return pieces
 
 
-def _buffer_pieces(
-    step: TrainStep, buffers: Mapping[str, Tensor], prefix: str
+def buffer_pieces(
+    program: ModelProgram,
+    groups: Sequence[Group],
+    comm: RankComm,
+    buffers: Mapping[str, Tensor],
+    prefix: str,
 ) -> Iterator[Piece]:
     """Cut buffers into pieces: one per leaf and layer, padding stripped."""
-    program, comm = step.program, step.gradients.bound.comm
     names, leaves, _ = flatten_with_names(program.model.params)
     declared: dict[str, Param] = dict(zip(names, leaves, strict=True))
-    for group in step.groups:
+    for group in groups:
         for leaf, layer, view in group.rows(buffers[group.name]):
             param, ty = declared[leaf.path], program.types[leaf.path]
             shape = logical_shape(param, program.model.sizes, leaf.path)

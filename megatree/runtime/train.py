@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,20 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatree.functional.chain import Chain
 from megatree.io.checkpoint import latest, load_extra, step_name
 from megatree.io.world import World
-from megatree.parallel.model import ModelProgram, lower_model
+from megatree.parallel.model import ModelProgram
 from megatree.runtime import pieces
 from megatree.runtime.agreement import check_agreement, code_version, describe, digest, plan_text
-from megatree.runtime.forward import BoundModel
-from megatree.runtime.gradients import Gradients
 from megatree.runtime.step import Metrics, TrainState, TrainStep
 
 Report = Callable[[str, Mapping[str, Any]], None]
 """What rank 0 does with news: a kind ("step", "eval", "saved") and its fields."""
-
-Evaluate = Callable[[Sequence[Mapping[str, Tensor]]], Mapping[str, Tensor]]
 
 
 class Samples(Protocol):
@@ -187,26 +182,10 @@ def local_batches(
     ]
 
 
-def evaluator(step: TrainStep, model: Chain) -> Evaluate:
-    """Return the loss terms of a model on the step's parameters, without gradients.
-
-    Args:
-        step: the bound step.
-        model: the step's model, or one with the same leaves (say, one that drops nothing).
-    """
-    if model == step.program.model:
-        return step.evaluate
-    gradients = step.gradients
-    bound = BoundModel(lower_model(model, step.program.layout), gradients.bound.comm)
-    return Gradients(bound, step.groups, gradients.params, gradients.grads).values
-
-
-def evaluate(
-    step: TrainStep, terms: Evaluate, data: Samples, *, num_samples: int, microbatch: int
-) -> float:
-    """Return the loss over the first samples of a held-out order."""
+def evaluate(step: TrainStep, data: Samples, *, num_samples: int, microbatch: int) -> float:
+    """Return the loss over the first samples of a held-out order; every rank calls it."""
     batches = local_batches(step, data, consumed=0, num_samples=num_samples, microbatch=microbatch)
-    return sum(value.item() for value in terms(batches).values())
+    return sum(value.item() for value in step.evaluate(batches).values())
 
 
 def train(

@@ -29,7 +29,7 @@ def values_and_grads(fn: Function, *operands: Any) -> dict[str, Tensor]:
     ]
     out = fn(*leaves)
     outs = [out] if isinstance(out, Tensor) else list(out)
-    total = sum((y * rand(*y.shape, dtype=y.dtype, seed=7)).sum() for y in outs)
+    total = torch.stack([(y * rand(*y.shape, dtype=y.dtype, seed=7)).sum() for y in outs]).sum()
     learned = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     grads = torch.autograd.grad(total, learned)
     named = {f"value {i}": y.detach() for i, y in enumerate(outs)}

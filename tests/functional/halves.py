@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megatree.functional.comm import Single
+
 WORLD = 2
 
 
@@ -18,7 +20,7 @@ class _Meeting:
     count: int = 0
 
 
-class Half:
+class Half(Single):
     """The comm of one of two ranks along one label; other labels are whole."""
 
     def __init__(self, axis: str, rank: int, meeting: _Meeting) -> None:
@@ -46,6 +48,11 @@ class Half:
     def pmax(self, x: Tensor, axis: str) -> Tensor:
         first, second = self._exchange(x, axis)
         return first.maximum(second)
+
+
+def local_form(op: Any) -> Callable[..., Any]:
+    """Return the function that an op runs on local tensors, `comm` first."""
+    return op.rule.fn
 
 
 def on_halves(axis: str, body: Callable[[Half], Any]) -> tuple[list[Any], int]:

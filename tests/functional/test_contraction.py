@@ -30,7 +30,9 @@ TEXTS = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_einsum_equals_torch(text: str, dtype: torch.dtype) -> None:
     parts = text.partition("->")[0].split(",")
-    operands = [rand(*(SIZES[x] for x in p.split()), dtype=dtype, seed=i) for i, p in enumerate(parts)]
+    operands = [
+        rand(*(SIZES[x] for x in p.split()), dtype=dtype, seed=i) for i, p in enumerate(parts)
+    ]
     assert_same(
         lambda *xs: F.einsum(text, *xs),
         lambda *xs: torch.einsum(text.replace(" ", ""), *xs),
@@ -40,7 +42,7 @@ def test_einsum_equals_torch(text: str, dtype: torch.dtype) -> None:
 
 def test_einsum_signature_sums_what_vanishes() -> None:
     """A label that were free in a signature but summed by the op would drop a reduction."""
-    rule = _contraction("b t g k, g k d -> b t d").rule
+    rule = getattr(_contraction("b t g k, g k d -> b t d"), "rule")  # noqa: B009
     assert (rule.signature, rule.linear) == ("b t g+ k+, g+ k+ d -> b t d", ((0,), (1,)))
 
 
@@ -52,7 +54,10 @@ def test_einsum_takes_leading_dims_by_dots() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("batch d, d -> batch", r"einsum: 'batch' is no label in 'batch d, d -> batch'\. Write single"),
+        (
+            "batch d, d -> batch",
+            r"einsum: 'batch' is no label in 'batch d, d -> batch'\. Write single",
+        ),
         ("b d, d", r"einsum: there is no '->' in 'b d, d'\. Write single letters"),
     ],
 )

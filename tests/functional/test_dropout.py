@@ -5,7 +5,7 @@ import torch
 
 import megatree.functional as F
 from tests.functional.check import rand
-from tests.functional.halves import Half, on_halves
+from tests.functional.halves import local_form, on_halves
 
 KEY = torch.tensor(11)
 
@@ -32,7 +32,7 @@ def test_halves_drop_what_the_whole_drops(dim: int) -> None:
     x = rand(4, 6, 8)
     results, _ = on_halves(
         str(dim),
-        lambda comm: F.dropout.rule.fn(comm, x.chunk(2, dim)[comm.rank], KEY, rate=0.4),
+        lambda comm: local_form(F.dropout)(comm, x.chunk(2, dim)[comm.rank], KEY, rate=0.4),
     )
     assert torch.equal(torch.cat(results, dim), F.dropout(x, KEY, rate=0.4))
     assert not torch.equal(results[0] == 0, results[1] == 0)

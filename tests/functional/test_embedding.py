@@ -5,7 +5,7 @@ import torch
 
 import megatree.functional as F
 from tests.functional.check import assert_same, rand
-from tests.functional.halves import Half, on_halves
+from tests.functional.halves import Half, local_form, on_halves
 
 IDS = torch.tensor([[0, 3, 3], [7, 4, 1]])
 
@@ -21,7 +21,7 @@ def test_halves_of_a_table_sum_to_the_whole() -> None:
 
     def half(comm: Half) -> tuple[torch.Tensor, torch.Tensor]:
         own = table.chunk(2)[comm.rank].clone().requires_grad_()
-        out = F.embedding.rule.fn(comm, IDS, own)
+        out = local_form(F.embedding)(comm, IDS, own)
         (grad,) = torch.autograd.grad((out * rand(2, 3, 4, seed=5)).sum(), own)
         return out.detach(), grad
 

@@ -18,7 +18,7 @@ class Recorder(Tensor):
     """A tensor that notes the call in which it is an operand."""
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # noqa: ANN206
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
         return func, args, kwargs
 
 

@@ -86,6 +86,8 @@ def test_moments_of_the_normal() -> None:
     x = initial_value(leaf, "x", (1000, 1000), box, 0, torch.float64, None) / 2.0
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         error = (x**power).mean().item() - moment
-        assert abs(error) < 5 * math.sqrt(variance / x.numel()) + (0.02 if power == 4 else 0.0), power
+        assert abs(error) < 5 * math.sqrt(variance / x.numel()) + (0.02 if power == 4 else 0.0), (
+            power
+        )
     rows = x[:-1] * x[1:]
     assert abs(rows.mean().item()) < 5 / math.sqrt(rows.numel())

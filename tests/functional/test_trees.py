@@ -11,9 +11,15 @@ from megatree.functional.param import init
 from megatree.functional.tree import flatten_with_names
 from megatree.models.gpt import GPTConfig, gpt
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "gpt2": {"norm": "layer", "positions": "learned", "activation": "gelu", "bias": True, "tied": True},
+    "gpt2": {
+        "norm": "layer",
+        "positions": "learned",
+        "activation": "gelu",
+        "bias": True,
+        "tied": True,
+    },
     "random": {"dropout": 0.1},
 }
 
@@ -40,7 +46,11 @@ def trees(name: str) -> dict[str, Any]:
         "state": {
             "step": 3,
             "params": params,
-            "opt": {"v": optree.tree_map(torch.zeros_like, params), "m": None, "Z": [1, None, (2,)]},
+            "opt": {
+                "v": optree.tree_map(torch.zeros_like, params),
+                "m": None,
+                "Z": [1, None, (2,)],
+            },
         },
     }
 
@@ -61,5 +71,5 @@ def test_optree_and_jax_agree_on_leaves_and_paths(name: str) -> None:
 
 
 def test_none_is_no_leaf_and_keys_are_sorted() -> None:
-    tree = {"b": None, "a": (1, None), "B": [2]}
+    tree: Any = {"b": None, "a": (1, None), "B": [2]}
     assert optree.tree_leaves(tree) == jax.tree_util.tree_leaves(tree) == [2, 1]

@@ -18,7 +18,7 @@ from megatree.models.names import GPT2, LLAMA, Source, from_foreign, to_foreign
 from tests.tolerances import RELATIVE, VANISHES, distance
 
 VOCAB, SEQ, BATCH = 97, 12, 3
-# In a float64 Llama they still compute RMSNorm and rotary angles in float32.
+# In a float64 Llama they still compute RMSNorm, rotary angles and softmax in float32.
 AS_IT_IS = 1e-6
 
 
@@ -35,9 +35,14 @@ class Case:
         return {"llama": LLAMA, "gpt2": GPT2}[self.family]
 
     def model(self, dtype: torch.dtype) -> Chain:
-        styles = {
+        styles: dict[str, dict[str, Any]] = {
             "llama": {},
-            "gpt2": {"norm": "layer", "positions": "learned", "activation": "gelu_tanh", "bias": True},
+            "gpt2": {
+                "norm": "layer",
+                "positions": "learned",
+                "activation": "gelu_tanh",
+                "bias": True,
+            },
         }
         cfg = GPTConfig(
             vocab_size=VOCAB, seq_length=SEQ, num_layers=3, embed=24, kv_heads=self.kv_heads,
@@ -48,10 +53,9 @@ class Case:
 
     def hugging_face(self, model: Chain) -> PreTrainedModel:
         cfg = model.cfg
-        common = {
+        common: dict[str, Any] = {
             "vocab_size": VOCAB,
             "tie_word_embeddings": self.tied,
-            "attn_implementation": "eager",
             "use_cache": False,
             "bos_token_id": None,
             "eos_token_id": None,
@@ -59,18 +63,31 @@ class Case:
         if self.family == "gpt2":
             return GPT2LMHeadModel(
                 GPT2Config(
-                    n_positions=SEQ, n_embd=cfg.embed, n_layer=cfg.num_layers, n_head=cfg.num_heads,
-                    n_inner=cfg.ffn, layer_norm_epsilon=cfg.norm_eps, resid_pdrop=0.0,
-                    embd_pdrop=0.0, attn_pdrop=0.0, **common,
-                )  # fmt: skip
+                    n_positions=SEQ,
+                    n_embd=cfg.embed,
+                    n_layer=cfg.num_layers,
+                    n_head=cfg.num_heads,
+                    n_inner=cfg.ffn,
+                    layer_norm_epsilon=cfg.norm_eps,
+                    resid_pdrop=0.0,
+                    embd_pdrop=0.0,
+                    attn_pdrop=0.0,
+                    **common,
+                )
             )
         return LlamaForCausalLM(
             LlamaConfig(
-                hidden_size=cfg.embed, intermediate_size=cfg.ffn, num_hidden_layers=cfg.num_layers,
-                num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.kv_heads,
-                head_dim=cfg.head_dim, max_position_embeddings=SEQ, rms_norm_eps=cfg.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_base}, **common,
-            )  # fmt: skip
+                hidden_size=cfg.embed,
+                intermediate_size=cfg.ffn,
+                num_hidden_layers=cfg.num_layers,
+                num_attention_heads=cfg.num_heads,
+                num_key_value_heads=cfg.kv_heads,
+                head_dim=cfg.head_dim,
+                max_position_embeddings=SEQ,
+                rms_norm_eps=cfg.norm_eps,
+                rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_base},
+                **common,
+            )
         )
 
 
@@ -105,7 +122,9 @@ def ours(model: Chain, params: Any) -> tuple[Tensor, Tensor, Any]:
 def theirs(case: Case, model: Chain, params: Any, *, wide: bool) -> tuple[Tensor, Tensor, Any]:
     """Return their logits, loss and gradients, these as a tree of ours."""
     foreign = to_foreign(case.sources, params, model)
-    net = case.hugging_face(model).to(model.dtype)
+    net = case.hugging_face(model)
+    net.set_attn_implementation("eager")
+    net.type(model.dtype)
     missing, unexpected = net.load_state_dict(foreign, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"] if case.tied else [], [])
     net.tie_weights()
@@ -122,7 +141,8 @@ def theirs(case: Case, model: Chain, params: Any, *, wide: bool) -> tuple[Tensor
 
 
 def widen(net: PreTrainedModel) -> None:
-    """Lift their float32 islands: torch's own RMSNorm, and rotary angles in float64."""
+    """Lift their float32 islands: RMSNorm, rotary angles, and the softmax of eager attention."""
+    net.set_attn_implementation("sdpa")
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LlamaRMSNorm):
@@ -136,9 +156,10 @@ def widen(net: PreTrainedModel) -> None:
 class WideRotary(torch.nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        base = config.rope_parameters["rope_theta"]
+        assert config.head_dim is not None
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-        self.frequencies = 1.0 / base**exponents
+        parameters: Any = config.rope_parameters
+        self.frequencies = 1.0 / parameters["rope_theta"] ** exponents
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = torch.cat([position_ids[..., None].double() * self.frequencies] * 2, dim=-1)
@@ -148,8 +169,9 @@ class WideRotary(torch.nn.Module):
 def weights(model: Chain) -> Any:
     """Return first values, moved so that no norm is all ones, no bias all zeros, no two alike."""
     params = init(model.params, model.sizes, seed=5, dtype=model.dtype)
-    moved = optree.tree_map(
-        lambda x: x + 0.1 * torch.sin(torch.arange(x.numel(), dtype=model.dtype)).view(x.shape), params
+    moved: Any = optree.tree_map(
+        lambda x: x + 0.1 * torch.sin(torch.arange(x.numel(), dtype=model.dtype)).view(x.shape),
+        params,
     )
     for name in ("embed", "head"):
         if "table" in moved.get(name, {}):
@@ -178,9 +200,10 @@ def test_logits_loss_and_gradients_equal_hugging_face(
     assert distance(logits[..., :VOCAB], their_logits) < rtol
     assert abs(total - their_total) < rtol * their_total
     names, leaves, spec = flatten_with_names(grads)
+    wanted: list[Any] = spec.flatten_up_to(expected)
     largest = max(leaf.norm().item() for leaf in leaves)
     wrong = {}
-    for path, got, want in zip(names, leaves, spec.flatten_up_to(expected), strict=True):
+    for path, got, want in zip(names, leaves, wanted, strict=True):
         vanishes = want.norm() < max(VANISHES, rtol) * largest
         error = distance(got, want, scale=largest if vanishes else None)
         if not error < rtol:

@@ -1,4 +1,4 @@
-"""Names and layouts of Hugging Face: nothing lost, nothing swapped, everything refused that is off."""
+"""Names and layouts of Hugging Face: nothing lost, nothing swapped, what is off refused."""
 
 from typing import Any
 
@@ -12,7 +12,8 @@ from megatree.models.gpt import GPTConfig, gpt
 from megatree.models.names import GPT2, LLAMA, Source, from_foreign, to_foreign
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 10, "seq_length": 4, "num_layers": 2, "embed": 6, "head_dim": 2, "ffn": 5, "vocab_pad": 4,
+    "vocab_size": 10, "seq_length": 4, "num_layers": 2, "embed": 6, "head_dim": 2, "ffn": 5,
+    "vocab_pad": 4,
 }  # fmt: skip
 LLAMA_MODEL = gpt(GPTConfig(kv_heads=2, group=3, **SIZES), batch_size=1)
 TIED_MODEL = gpt(GPTConfig(kv_heads=2, tied=True, **SIZES), batch_size=1)
@@ -41,8 +42,12 @@ def test_layouts_are_theirs() -> None:
     dense = params["blocks"]["dense"]
     # Head 4 of 6 is kv head 1, second of its group.
     head = slice(4 * 2, 5 * 2)
-    assert torch.equal(foreign["model.layers.1.self_attn.q_proj.weight"][head], dense["wq"][1, 1, 1])
-    assert torch.equal(foreign["model.layers.1.self_attn.o_proj.weight"][:, head].T, dense["wo"][1, 1, 1])
+    assert torch.equal(
+        foreign["model.layers.1.self_attn.q_proj.weight"][head], dense["wq"][1, 1, 1]
+    )
+    assert torch.equal(
+        foreign["model.layers.1.self_attn.o_proj.weight"][:, head].T, dense["wo"][1, 1, 1]
+    )
     assert torch.equal(foreign["model.layers.0.mlp.down_proj.weight"].T, dense["w_down"][0])
     assert foreign["lm_head.weight"].shape == (10, 6), "padding is stripped"
     foreign = to_foreign(GPT2, init(GPT2_MODEL.params, GPT2_MODEL.sizes, seed=1), GPT2_MODEL)
@@ -72,4 +77,6 @@ def test_missing_extra_and_misshaped_tensors_are_refused() -> None:
     ):
         from_foreign(LLAMA, {**foreign, name: foreign[name].T}, LLAMA_MODEL)
     with pytest.raises(ValueError, match=r"embed\.positions: the format has no name for it\. Use"):
-        from_foreign(LLAMA, foreign, gpt(GPTConfig(kv_heads=2, positions="learned", **SIZES), batch_size=1))
+        from_foreign(
+            LLAMA, foreign, gpt(GPTConfig(kv_heads=2, positions="learned", **SIZES), batch_size=1)
+        )

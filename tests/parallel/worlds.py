@@ -1,17 +1,21 @@
-"""Every type that a value can have on a mesh, and moves of whole values between types."""
+"""Whole values on simulated ranks: every type, moves between types, functions against one device."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
 from megatree.parallel.assemble import assemble
 from megatree.parallel.comm import move
+from megatree.parallel.layout import Layout
 from megatree.parallel.rulecheck import spread
+from megatree.parallel.simulate import Simulated, simulate
 from megatree.parallel.threads import ThreadComm, Threads
 from megatree.parallel.types import I, P, R, ShardType, make_type
-from tests.tolerances import RELATIVE, distance
+from tests.tolerances import RELATIVE, assert_leaves_close, distance
 
 EXACT = RELATIVE[torch.float64]
 
@@ -74,3 +78,52 @@ def moves_go_wrong(
             if (error := distance(got, expected)) > EXACT:
                 wrong.append(f"{place}: off by {error:.3g}")
     return wrong
+
+
+def assert_like_one_device(
+    fn: Callable[..., Any], layout: Layout, values: Sequence[Any], axes: tuple[Any, ...]
+) -> Simulated:
+    """Run a function on simulated ranks and on plain tensors; compare values and all gradients.
+
+    Args:
+        fn: a function of trees of tensors.
+        layout: mesh and rules.
+        values: whole tensors, one tree per argument.
+        axes: per argument a tree of declarations (see `simulate`).
+
+    Returns:
+        What the simulated ranks computed.
+    """
+    generator = torch.Generator().manual_seed(7)
+    plain = [optree.tree_map(lambda x: x.clone().requires_grad_(x.is_floating_point()), v)
+             for v in values]  # fmt: skip
+    out = fn(*plain)
+    cotangents = optree.tree_map(
+        lambda y: torch.randn(y.shape, dtype=y.dtype, generator=generator)
+        if y.is_floating_point()
+        else y,
+        out,
+    )
+    flowing = [
+        (y, g)
+        for y, g in zip(optree.tree_leaves(out), optree.tree_leaves(cotangents), strict=True)
+        if y.requires_grad
+    ]
+    torch.autograd.backward([y for y, _ in flowing], [g for _, g in flowing])
+    ran = simulate(fn, layout, *values, axes=axes, cotangents=cotangents, rtol=EXACT)
+    got, expected = dict(_named("result", ran.value)), dict(_named("result", out))
+    for at, (mine, whole) in enumerate(zip(ran.grads, plain, strict=True)):
+        for (name, x), (_, y) in zip(
+            _named(f"gradient {at}", mine), _named(f"gradient {at}", whole), strict=True
+        ):
+            if x is not None:
+                got[name] = x
+                expected[name] = torch.zeros_like(y) if y.grad is None else y.grad
+    assert_leaves_close(got, expected)
+    return ran
+
+
+def _named(lead: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    paths, leaves, _ = optree.tree_flatten_with_path(tree, none_is_leaf=True)
+    for path, leaf in zip(paths, leaves, strict=True):
+        yield f"{lead} {path}", leaf

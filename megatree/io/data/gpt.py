@@ -134,26 +134,25 @@ class GPTDataset:
             text = self.fim(text, ids)
         tokens = text[:, np.searchsorted(read, wanted)]
         labels = text[:, np.searchsorted(read, wanted + 1)]
-        weights = (labels != self._pad).astype(np.float32)
+        weights = 1.0 - self._padding(labels).astype(np.float32)
         if not options.eod_loss:
             weights[tokens == options.eod] = 0.0
         pieces = self._pieces(tokens, located, wanted)
-        tokens[tokens == self._pad] = 0
-        labels[labels == self._pad] = 0
+        tokens[self._padding(tokens)] = 0
+        labels[self._padding(labels)] = 0
         batch = {"tokens": tokens, "labels": labels, "weights": weights, **pieces}
         return select_columns(batch, columns if whole else None)
 
-    @property
-    def _pad(self) -> int:
-        return -1 if self.options.pad is None else self.options.pad
+    def _padding(self, tokens: np.ndarray) -> np.ndarray:
+        return (tokens < 0) | (tokens == (-1 if self.options.pad is None else self.options.pad))
 
     def _read(self, places: np.ndarray) -> np.ndarray:
-        """Return the tokens at places [n, width] as int64, padding where there is none."""
+        """Return the tokens at places [n, width] as int64, -1 where there is none."""
         tokens = self.source.take(np.maximum(places, 0)).astype(np.int64)
         vocab = self.options.vocab_size
         if vocab is not None and tokens.size and not (0 <= tokens.min() <= tokens.max() < vocab):
             self._refuse(places, tokens, vocab)
-        tokens[places == NOWHERE] = self._pad
+        tokens[places == NOWHERE] = -1
         return tokens
 
     def _refuse(self, places: np.ndarray, tokens: np.ndarray, vocab: int) -> None:

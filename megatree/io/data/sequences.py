@@ -37,3 +37,13 @@ class Sequences(Protocol):
     def verify(self) -> None:
         """Raise a ValueError if the content is no longer what it was."""
         ...
+
+
+def read_sequences(source: Sequences, first: int, end: int) -> list[list[int]]:
+    """Return the tokens of sequences `first` to `end`."""
+    starts = source.starts(np.arange(first, end))
+    lengths = source.lengths[first:end].tolist()
+    return [
+        source.take(np.arange(start, start + length)).tolist()
+        for start, length in zip(starts.tolist(), lengths, strict=True)
+    ]

@@ -57,25 +57,3 @@ def split_bounds(split: str, total: int) -> tuple[tuple[int, int] | None, ...]:
         None if share is None else (round(share[0] * total), round(share[1] * total))
         for share in split_shares(split)
     )
-
-
-def require_samples(
-    name: str, split: str, bounds: tuple[int, int] | None, total: int, num_samples: int | None
-) -> None:
-    """Refuse to draw samples from a split that holds no sequence (it would never end).
-
-    Args:
-        name: of the split and its file, for the message.
-        split: the text that made the bounds.
-        bounds: of the split.
-        total: sequences of the file.
-        num_samples: wanted of the split; None means one epoch.
-
-    Raises:
-        ValueError: samples are wanted and there is no sequence.
-    """
-    if num_samples and (bounds is None or bounds[0] == bounds[1]):
-        raise ValueError(
-            f"{name}: split {split!r} of {total} sequences leaves it none, and {num_samples} "
-            "samples are wanted. Give it a larger share, or ask for 0 samples."
-        )

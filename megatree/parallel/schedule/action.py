@@ -8,7 +8,7 @@ Kind = Literal["F", "B", "W"]
 
 
 class Action(NamedTuple):
-    """One pass of a stage over a microbatch: kind F (forward), B (backward) or W (weight gradients).
+    """One pass of a stage over a microbatch: F (forward), B (backward) or W (weight gradients).
 
     In a schedule with W actions, B computes the input gradient and W the weight gradients; in one
     without, B computes both.
@@ -59,10 +59,12 @@ class Schedule:
 
     @property
     def num_ranks(self) -> int:
+        """Pipeline ranks."""
         return len(self.ranks)
 
     @property
     def num_stages(self) -> int:
+        """Stages, at least one per rank."""
         return len(self.stage_rank)
 
     @cached_property
@@ -91,7 +93,7 @@ def needs(action: Action, num_stages: int) -> tuple[Action, ...]:
 
 
 def feeds(action: Action, num_stages: int) -> Action | None:
-    """Return the action on the neighbour stage that reads the result of `action`, if there is one."""
+    """Return the action on the neighbour stage that reads the result of `action`, if any."""
     kind, stage, microbatch = action
     if kind == "F" and stage < num_stages - 1:
         return Action("F", stage + 1, microbatch)

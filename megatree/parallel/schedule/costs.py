@@ -12,7 +12,7 @@ PerStage = float | Sequence[float]
 class Costs:
     """Durations in seconds (or any one unit), each one number for all stages or one per stage.
 
-    The default is the field's unit: F = B = W = 1 where backwards are split, F = 1 and B = 2 where not.
+    The default is the field's unit: F = B = W = 1, and B = 2 where backwards are not split.
 
     Args:
         forward: a forward.

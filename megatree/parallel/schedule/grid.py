@@ -1,56 +1,56 @@
-"""A schedule printed as a grid, ranks by places in their order, with cells marked."""
+"""Rows of actions printed as a grid with cells marked: how errors show a schedule."""
 
 from collections.abc import Sequence
-
-from megatree.parallel.schedule.action import Schedule
 
 ROWS, COLUMNS = 8, 9
 
 
-def grid(schedule: Schedule, marked: Sequence[tuple[int, int]] = ()) -> str:
+def grid(rows: Sequence[Sequence[object]], marked: Sequence[tuple[int, int]] = ()) -> str:
     """Return the rows around marked cells, which stand in brackets.
 
-    At most 8 rows of 9 cells are shown: the marked rows first, each around its own first mark.
+    At most 8 rows of 9 cells are shown, marked rows first, each around its own first mark.
 
     Args:
-        schedule: what to print.
-        marked: (rank, place) of cells; a place at a row's end marks what is missing there.
+        rows: per rank, its cells.
+        marked: (rank, place) of cells; a place at a row's end marks that something is missing.
 
-    >>> from megatree.parallel.schedule.fill_drain import one_f_one_b
-    >>> print(grid(one_f_one_b(2, 2), [(1, 1)]))
-      rank 0 |  F0.0   F0.1   B0.0   B0.1
-      rank 1 |  F1.0  [B1.0]  F1.1   B1.1
+    >>> print(grid([["F0.0", "B0.0"], ["F1.0", "B1.0"]], [(1, 1)]))
+      rank 0 |  F0.0   B0.0
+      rank 1 |  F1.0  [B1.0]
     """
-    rows = _rows(schedule.num_ranks, [rank for rank, _ in marked])
-    centre = {rank: place for rank, place in reversed(marked)}
+    shown = _near([rank for rank, _ in marked], len(rows))
+    centre = dict(reversed(marked))
     default = marked[0][1] if marked else 0
-    width = max((len(str(a)) for rank in rows for a in schedule.ranks[rank]), default=4)
+    windows = {
+        rank: _window(rows[rank], centre.get(rank, default), (rank, len(rows[rank])) in marked)
+        for rank in shown
+    }
+    width = max((len(name) for _, names, _ in windows.values() for name in names), default=0)
     lines = []
-    for before, rank in zip([-1, *rows], rows, strict=False):
-        if rank > before + 1:
-            lines.append("  ...")
-        lines.append(_line(schedule, rank, centre.get(rank, default), set(marked), width))
-    if rows[-1] < schedule.num_ranks - 1:
-        lines.append("  ...")
+    for last, rank in zip([-1, *shown], shown, strict=False):
+        lines += ["  ..."] if rank > last + 1 else []
+        first, names, more = windows[rank]
+        cells = [
+            (f"[{name}]" if (rank, first + n) in marked else f" {name} ").ljust(width + 2)
+            for n, name in enumerate(names)
+        ]
+        line = " ".join(["..."] * (first > 0) + cells + ["..."] * more)
+        lines.append(f"  rank {rank:{len(str(len(rows) - 1))}} | {line}".rstrip())
+    lines += ["  ..."] if shown and shown[-1] < len(rows) - 1 else []
     return "\n".join(lines)
 
 
-def _rows(num_ranks: int, marked: list[int]) -> list[int]:
-    near = [r + d for d in range(num_ranks) for r in marked or [0] for d in ((d, -d) if d else (0,))]
-    return sorted(list(dict.fromkeys(r for r in near if 0 <= r < num_ranks))[:ROWS])
+def _near(marked: list[int], num_ranks: int) -> list[int]:
+    """Return the ranks to show: the marked ones, then their neighbours."""
+    distances = sorted(range(-ROWS, ROWS + 1), key=abs)
+    near = dict.fromkeys(r + d for d in distances for r in marked[:ROWS] or [0])
+    return sorted([r for r in near if 0 <= r < num_ranks][:ROWS])
 
 
-def _line(
-    schedule: Schedule, rank: int, centre: int, marked: set[tuple[int, int]], width: int
-) -> str:
-    row = schedule.ranks[rank]
-    names = [*map(str, row), "?"] if (rank, len(row)) in marked else [*map(str, row)]
-    first = max(min(centre - COLUMNS // 2, len(names) - COLUMNS), 0)
-    cells = [
-        f"[{name}]" if (rank, first + n) in marked else f" {name} "
-        for n, name in enumerate(names[first : first + COLUMNS])
-    ]
-    left = "... " if first else ""
-    right = " ..." if first + COLUMNS < len(names) else ""
-    line = " ".join(cell.ljust(width + 2) for cell in cells).rstrip()
-    return f"  rank {rank:{len(str(schedule.num_ranks - 1))}} | {left}{line}{right}"
+def _window(row: Sequence[object], centre: int, gap: bool) -> tuple[int, list[str], bool]:
+    """Return the first place shown, the cells from there, and whether more follow."""
+    length = len(row) + gap
+    first = max(min(centre - COLUMNS // 2, length - COLUMNS), 0)
+    names = [str(cell).strip() for cell in row[first : first + COLUMNS]]
+    names += ["?"] if gap and first + COLUMNS >= length else []
+    return first, names, first + COLUMNS < length

@@ -33,7 +33,9 @@ def interleaved(
         return one_f_one_b(num_ranks, num_microbatches)
     group = num_ranks if group is None else group
     _check_group(num_ranks, num_microbatches, group)
-    rows = [_row(rank, num_ranks, num_microbatches, num_virtual, group) for rank in range(num_ranks)]
+    rows = [
+        _row(rank, num_ranks, num_microbatches, num_virtual, group) for rank in range(num_ranks)
+    ]
     return Schedule(tuple(rows), tuple(s % num_ranks for s in range(num_ranks * num_virtual)))
 
 

@@ -56,7 +56,7 @@ def _stuck(schedule: Schedule, position: list[int], done: set[Action]) -> str:
         missing = _first_missing(action, schedule.num_stages, done)
         assert missing is not None, (rank, action)
         if missing not in later:
-            picture = grid(schedule, [(rank, position[rank])])
+            picture = grid(rows, [(rank, position[rank])])
             return (
                 f"schedule: rank {rank} waits at {action} for {missing}, which no rank runs. "
                 f"Add {missing} to its row.\n{picture}"
@@ -64,7 +64,7 @@ def _stuck(schedule: Schedule, position: list[int], done: set[Action]) -> str:
         chain.append((rank, action, missing))
         rank = later[missing]
     cycle = chain[[r for r, _, _ in chain].index(rank) :]
-    picture = grid(schedule, [(r, position[r]) for r, _, _ in cycle])
+    picture = grid(rows, [(r, position[r]) for r, _, _ in cycle])
     if len(cycle) == 1:
         [(rank, action, missing)] = cycle
         return (

@@ -5,6 +5,8 @@ import heapq
 from megatree.parallel.schedule.action import Action, Kind, Schedule, check_counts, feeds, needs
 from megatree.parallel.schedule.costs import Costs
 
+KINDS: tuple[Kind, ...] = ("F", "B", "W")
+
 
 def zero_bubble_h1(num_ranks: int, num_microbatches: int) -> Schedule:
     """1F1B with split backwards: no rank holds more than p microbatches, the most of 1F1B.
@@ -33,16 +35,17 @@ def zero_bubble_h1(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def zero_bubble_v(num_ranks: int, num_microbatches: int, costs: Costs | None = None) -> Schedule:
-    """Two stages a rank, in a V: stage s on rank s on the way out, on rank 2p - 1 - s on the way back.
+    """Two stages a rank, in a V: stage s on rank s going out, on rank 2p - 1 - s coming back.
 
-    A rank holds at most 2p halves, in bytes the most of 1F1B. With F = B = W, from m = p on, every
-    rank is busy from its first action to its last: the step takes 6m + p - 1 stage times.
+    A rank holds at most 2p of these half-size stages' microbatches: as many bytes as 1F1B's first
+    rank. With F = B = W and m >= p a step takes 6m + p - 1 stage times, the least there is on a V
+    (the last rank cannot start sooner): the bubble over ideal time is (p - 1) / (6 * m).
 
-    The schedule is built by playing it: a rank that falls free takes, of the actions that are ready,
-    first an outbound one (F then B), then an inbound one (F then B), and W only if there is no other.
-    Two bounds hold a forward back: outbound forwards lead inbound ones by at most the trip's length,
-    and memory, of which an outbound forward leaves one half free. So the oldest unfinished microbatch
-    can always go on, whatever the durations.
+    The schedule is built by playing it. A rank that falls free takes, of the actions that are
+    ready, a forward before a backward before weight gradients, the outbound stage's first.
+    Two bounds hold an outbound forward back: it leads the inbound ones of its rank by no more than
+    the trip between them takes, and it leaves memory for one of them. So the oldest unfinished
+    microbatch can always go on, whatever the durations.
 
     Args:
         num_ranks: pipeline ranks p.
@@ -56,7 +59,9 @@ def zero_bubble_v(num_ranks: int, num_microbatches: int, costs: Costs | None = N
     play = _Play(num_ranks, num_microbatches, costs or Costs())
     play.run()
     stages = range(2 * num_ranks)
-    return Schedule(tuple(map(tuple, play.rows)), tuple(min(s, 2 * num_ranks - 1 - s) for s in stages))
+    return Schedule(
+        tuple(map(tuple, play.rows)), tuple(min(s, 2 * num_ranks - 1 - s) for s in stages)
+    )
 
 
 class _Play:
@@ -70,7 +75,7 @@ class _Play:
         self.free = [0.0] * num_ranks
         self.end: dict[Action, float] = {}
         # kind -> stage -> the next microbatch; microbatches go in order.
-        self.next: dict[Kind, list[int]] = {k: [0] * self.num_stages for k in ("F", "B", "W")}
+        self.next: dict[Kind, list[int]] = {k: [0] * self.num_stages for k in KINDS}
 
     def rank_of(self, stage: int) -> int:
         return min(stage, self.num_stages - 1 - stage)
@@ -96,13 +101,11 @@ class _Play:
 
     def choose(self, rank: int, now: float) -> Action | None:
         out, back = rank, self.num_stages - 1 - rank
-        order: tuple[tuple[Kind, int], ...] = (
-            ("F", out), ("B", out), ("F", back), ("B", back), ("W", back), ("W", out),
-        )  # fmt: skip
-        for kind, stage in order:
-            action = Action(kind, stage, self.next[kind][stage])
-            if action.microbatch < self.m and self.allowed(action) and self.ready(action, now):
-                return action
+        for kind in KINDS:
+            for stage in (out, back):
+                action = Action(kind, stage, self.next[kind][stage])
+                if action.microbatch < self.m and self.allowed(action) and self.ready(action, now):
+                    return action
         return None
 
     def allowed(self, action: Action) -> bool:

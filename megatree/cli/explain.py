@@ -1,0 +1,82 @@
+"""`megatree explain RECIPE`: what a rank runs, without running it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatree.cli.recipe import read_recipe
+from megatree.recipes.config import RunConfig
+from megatree.recipes.words import did_you_mean
+
+if TYPE_CHECKING:
+    from megatree.parallel.program import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """What `megatree explain` takes.
+
+    Args:
+        config: the run.
+        unit: the segment, or the kind of block, whose program is printed.
+    """
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    unit: str = "blocks.dense"
+
+
+ABOUT = "Print the program of one block on one rank, and its collectives; nothing is trained."
+
+
+def main(args: list[str]) -> int:
+    """Run the command; return the exit code."""
+    cfg = read_recipe("megatree explain", args, about=ABOUT)
+    prog = f"megatree explain {args[0]}"
+    options = tyro.cli(
+        Explain, default=Explain(config=cfg), prog=prog, description=ABOUT, args=args[1:]
+    )
+    explain(options.config, options.unit)
+    return 0
+
+
+def explain(cfg: RunConfig, unit: str = "blocks.dense") -> None:
+    """Print the lowered program of a unit, and a table of its collectives.
+
+    Raises:
+        ValueError: the model has no such unit, or cannot be typed under this layout.
+    """
+    from megatree.parallel.model import lower_model
+    from megatree.recipes.build import layout_of, model_of
+
+    program = lower_model(model_of(cfg), layout_of(cfg.mesh, cfg.rules))
+    if unit not in program.units:
+        raise ValueError(
+            f"unit: the model has no {unit!r}{did_you_mean(unit, program.units)}. "
+            f"Use one of {', '.join(program.units)}."
+        )
+    print(program.explain(unit))
+    print()
+    Console().print(collectives_table(program.units[unit].program))
+
+
+def collectives_table(program: "Program") -> Table:
+    """Return the collectives of a program as a table."""
+    table = Table(
+        title=f"Collectives of {program.name}, one rank, one microbatch",
+        title_justify="left",
+        box=box.SIMPLE,
+    )
+    for heading in ("phase", "at", "collective", "over"):
+        table.add_column(heading)
+    table.add_column("KiB", justify="right")
+    for call in program.collectives:
+        size = f"{call.bytes / 1024:,.1f}"
+        phase = "per step" if call.phase == "sync" else call.phase
+        table.add_row(phase, call.source, call.kind, " ".join(call.axes), size)
+    if not table.row_count:
+        table.add_row("none", "", "", "", "")
+    return table

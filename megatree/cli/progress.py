@@ -1,0 +1,66 @@
+"""How news of a run looks on a terminal; plain text where there is none."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+
+def show(kind: str, fields: Mapping[str, Any]) -> None:
+    """Print one report of a run."""
+    console = Console(soft_wrap=True, highlight=False)
+    for line in _LINES[kind](fields):
+        console.print(line)
+
+
+def _start(fields: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"[bold]{fields['params'] / 1e6:,.2f} M parameters[/] in {fields['dtype']} on {fields['mesh']} "
+        f"({_ranks(fields['ranks'])}, {fields['device'].partition(':')[0]})",
+        f"{fields['samples']:,} samples of {fields['seq']:,} tokens, {fields['held_out']:,} held out; "
+        f"{fields['tokens_per_step']:,} tokens per step",
+    ]
+    if fields["resumed"]:
+        lines.append(f"goes on from {fields['resumed']}")
+        lines += [
+            f"  {name}: {_shown(new)} (was {_shown(old)})"
+            for name, (old, new) in fields["changed"].items()
+        ]
+    elif fields["directory"]:
+        lines.append(f"starts anew, kept in {fields['directory']}")
+    if fields["step"] >= fields["steps"]:
+        lines.append(
+            f"is at step {fields['step']} of {fields['steps']} already: nothing left to do. "
+            "Raise train.steps, or name another checkpoint.dir"
+        )
+    return lines
+
+
+def _step(fields: Mapping[str, Any]) -> list[str]:
+    return [
+        f"step {fields['step']:>6}  loss [bold]{fields['loss']:.4f}[/]  "
+        f"grad norm {fields['grad_norm']:7.3f}  lr {fields['lr']:.2e}  "
+        f"{fields['tokens_per_s']:>9,.0f} tokens/s  {fields['ms']:>7,.0f} ms"
+    ]
+
+
+def _eval(fields: Mapping[str, Any]) -> list[str]:
+    return [
+        f"step {fields['step']:>6}  [green]held-out loss [bold]{fields['valid_loss']:.4f}[/][/]  "
+        f"({fields['ms']:,.0f} ms)"
+    ]
+
+
+def _saved(fields: Mapping[str, Any]) -> list[str]:
+    return [f"step {fields['step']:>6}  saved {fields['path']}  ({fields['ms']:,.0f} ms)"]
+
+
+_LINES = {"start": _start, "step": _step, "eval": _eval, "saved": _saved}
+
+
+def _ranks(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)

@@ -1,0 +1,82 @@
+"""Map a function over a stream with several processes, in order, with bounded memory."""
+
+import functools
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_AHEAD = 3  # items in flight per worker: enough that none waits for the slowest before it
+
+
+def ordered_map(fn: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
+    """Yield `fn(item)` for each item in order, as `map` does.
+
+    With one worker the work is done here. With more, `fn` and the items are pickled to processes
+    of one thread each, which end with this one, however it ends. At most a few items per worker
+    are read ahead.
+
+    Args:
+        fn: picklable: a function of a module, or a `functools.partial` of one.
+        items: read from this process.
+        workers: processes, at least 1.
+
+    Raises:
+        ValueError: if `workers` is below 1.
+        ChildProcessError: if a worker dies.
+    """
+    if workers < 1:
+        raise ValueError(f"workers: {workers} do no work. Use at least 1.")
+    return map(fn, items) if workers == 1 else _spread(fn, items, workers)
+
+
+def _spread(fn: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    pool = ProcessPoolExecutor(workers, _context(), initializer=_start_worker)
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(fn, item))
+            if len(waiting) >= _AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "workers: one of the processes died; the system may have killed it for want of "
+            f"memory. Use fewer than {workers} workers, or a smaller max-line-bytes."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@functools.cache
+def _context() -> multiprocessing.context.BaseContext:
+    # Not "fork": this process may have threads (a progress bar, the tokenizer's own).
+    methods = multiprocessing.get_all_start_methods()
+    if "forkserver" not in methods:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatree.io.preprocess.encode"])
+    return context
+
+
+def _start_worker() -> None:
+    # A worker is one core's worth of work; the tokenizers library would use all cores in each.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker"
+
+    def follow() -> None:
+        # The pool's pipes stay open in the workers: without this they outlive a killed parent.
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

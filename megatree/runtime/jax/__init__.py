@@ -1,0 +1,1 @@
+"""JAX as a second runtime: the same functions under `jax.jit`, arrays and functions both ways."""
