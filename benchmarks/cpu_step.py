@@ -1,4 +1,4 @@
-"""Whole training steps of the demo's model on CPUs, against a Hugging Face Llama of the same shape."""
+"""Training steps of the demo's model on CPUs against a Hugging Face Llama of the same shape."""
 
 import argparse
 import statistics
@@ -28,9 +28,7 @@ DEMO = GPTConfig(
 
 LAYOUTS = {
     "1 process": Layout(Mesh(dp=1), Rules()),
-    "tp=2, sp": Layout(
-        Mesh(tp=2), Rules(kv_heads="tp", ffn="tp", vocab="tp", seq_res="tp")
-    ),
+    "tp=2, sp": Layout(Mesh(tp=2), Rules(kv_heads="tp", ffn="tp", vocab="tp", seq_res="tp")),
     "dp=2": Layout(Mesh(dp=2), Rules(batch="dp")),
 }
 
@@ -57,12 +55,10 @@ def our_step(step: TrainStep, batch: dict[str, Tensor]) -> Callable[[], float]:
     return run
 
 
-def their_step(
-    cfg: GPTConfig, batch: dict[str, Tensor], rank: int, world: int
-) -> Callable[[], float]:
-    """Return the same of transformers: AdamW fused, gradients clipped, data-parallel by DDP."""
+def their_model(cfg: GPTConfig) -> Any:
+    """Return a transformers Llama of a shape."""
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=cfg.vocab_size,
             hidden_size=cfg.embed,
@@ -76,6 +72,13 @@ def their_step(
             use_cache=False,
         )
     )
+
+
+def their_step(
+    cfg: GPTConfig, batch: dict[str, Tensor], rank: int, world: int
+) -> Callable[[], float]:
+    """Return the same of transformers: AdamW fused, gradients clipped, data-parallel by DDP."""
+    model = their_model(cfg)
     model = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
@@ -120,9 +123,11 @@ def main() -> None:
     tokens = args.batch_size * DEMO.seq_length
     print("layout      threads   tokens/s   theirs      ratio [quartiles]      of CPU time")
     for name in args.layouts:
-        layout, job = LAYOUTS[name], (DEMO, args.batch_size, LAYOUTS[name], args.pairs)
-        world = layout.mesh.num_ranks
-        pairs = launch(measure, world, *job, threads=args.threads) if world > 1 else measure(None, *job)
+        job = DEMO, args.batch_size, LAYOUTS[name], args.pairs
+        if (world := LAYOUTS[name].mesh.num_ranks) > 1:
+            pairs = launch(measure, world, *job, threads=args.threads)
+        else:
+            pairs = measure(None, *job)
         ours, theirs = (tokens / statistics.median(t) for t in (pairs.ours, pairs.theirs))
         ratio = spread([1 / r for r in pairs.ratios])
         cpu = statistics.median(1 / r for r in pairs.cpu_ratios)

@@ -36,12 +36,15 @@ class LocalComm(RankComm):
     coords: Mapping[str, int] = {"tp": 0}
 
     def psum(self, x: Tensor, axes: Axes) -> Tensor:
+        """Double."""
         return x * 2
 
     def all_gather(self, x: Tensor, axes: Axes, dim: int) -> Tensor:
+        """Repeat."""
         return torch.cat([x, x], dim)
 
     def psum_scatter(self, x: Tensor, axes: Axes, dim: int) -> Tensor:
+        """Double the first half."""
         return x.chunk(2, dim)[0] * 2
 
 
@@ -50,11 +53,13 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: RankComm) -> Tensor:
+        """Gather."""
         ctx.comm = comm
         return comm.all_gather(x.contiguous(), TP, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Sum and cut the cotangents."""
         return ctx.comm.psum_scatter(grad.contiguous(), TP, 1), None
 
 
@@ -63,16 +68,18 @@ class Scatter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: RankComm) -> Tensor:
+        """Sum and cut."""
         ctx.comm = comm
         return comm.psum_scatter(x.contiguous(), TP, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Gather the cotangents."""
         return ctx.comm.all_gather(grad.contiguous(), TP, 1), None
 
 
 def handwritten(cfg: GPTConfig, comm: RankComm) -> Callable[..., tuple[Tensor, ...]]:
-    """Return one rank's Llama block as one writes it by hand, with the generated one's arguments."""
+    """Return one rank's Llama block as one writes it by hand; arguments as of the generated one."""
     linear = torch.nn.functional.linear
     heads, k = cfg.kv_heads // comm.size(TP), cfg.head_dim
 
@@ -157,9 +164,7 @@ def measure_trace(cfg: GPTConfig, batch_size: int, repeats: int) -> Iterator[dic
         yield {"what": name, "ms": statistics.median(times), "cpu_ms": statistics.median(cpu)}
 
 
-def measure_block(
-    cfg: GPTConfig, batch_size: int, pairs: int, *, compiled: bool
-) -> dict[str, Any]:
+def measure_block(cfg: GPTConfig, batch_size: int, pairs: int, *, compiled: bool) -> dict[str, Any]:
     """Time the generated block against the hand-written one, forward and backward."""
     program, comm = trace_block(cfg, batch_size), LocalComm()
     fns = [program.bind(comm), handwritten(cfg, comm)]
@@ -179,7 +184,9 @@ def measure_block(
     }
 
 
-def compiled_on_rank(device: torch.device, cfg: GPTConfig, batch_size: int) -> float:
+def compiled_on_rank(
+    device: torch.device, cfg: GPTConfig, batch_size: int, backend: str = "inductor"
+) -> float:
     """Return how far the compiled program is from the eager one, on this rank of two processes."""
     program = trace_block(cfg, batch_size)
     comm = ProcessComm(Mesh(tp=2), device)
@@ -187,7 +194,7 @@ def compiled_on_rank(device: torch.device, cfg: GPTConfig, batch_size: int) -> f
     inputs = inputs_of(program, comm.coords["tp"])
     fn = program.bind(comm)
     eager = forward_backward(fn, inputs)()
-    compiled = forward_backward(torch.compile(fn, fullgraph=True), inputs)()
+    compiled = forward_backward(torch.compile(fn, fullgraph=True, backend=backend), inputs)()
     worst = torch.tensor([distance(compiled, eager)], dtype=torch.float64)
     return comm.pmax(worst, TP).item()
 

@@ -1,4 +1,4 @@
-"""Two functions timed in turns, so that a busy machine slows both alike, and the ratio of their times."""
+"""Two functions timed in turns, so that a busy machine slows both alike, and their ratio."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ class Pairs:
 
     Args:
         ours, theirs: wall time.
-        cpu_ours, cpu_theirs: time that this process had a CPU, which waiting for one does not count.
+        cpu_ours, cpu_theirs: time for which this process, all its threads, had a CPU.
     """
 
     ours: tuple[float, ...]

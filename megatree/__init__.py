@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from megatree.runtime.pieces import load, save
     from megatree.runtime.processes import launch, world_of_group
     from megatree.runtime.step import train_step
+    from megatree.runtime.verify import verify
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _HOMES = {
     **dict.fromkeys(["load", "save"], "megatree.runtime.pieces"),
     **dict.fromkeys(["launch", "world_of_group"], "megatree.runtime.processes"),
     "train_step": "megatree.runtime.step",
+    "verify": "megatree.runtime.verify",
 }
 
 __all__ = [
@@ -91,6 +93,7 @@ __all__ = [
     "simulate",
     "train_step",
     "value_and_grad",
+    "verify",
     "world_of_group",
     "zeros",
 ]

@@ -1,14 +1,25 @@
 """Find the command, run it, and say in one sentence what a user has to mend."""
 
+import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from megatree.cli.choose import choose
 from megatree.runtime.refusals import refusal
 
 USER_ERROR = 2
 """Exit code of a refusal, as of a wrong option."""
+
+ABOUT = "Train large transformers in parallel: models are pure functions, layouts are data."
+
+COMMANDS: Mapping[str, str] = {
+    "train": "Train a recipe, or go on with one.",
+    "generate": "Continue a text with a trained model.",
+    "explain": "Print what a rank runs: the program of one block, its collectives.",
+    "demo": "Train, change the mesh and generate, in minutes on two CPU cores.",
+}
+"""Command, which is also the module whose `main(args)` runs it -> what it does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     if args == ["--version"]:
         return _version()
-    described = {name: text for name, (text, _) in COMMANDS.items()}
     flags = {"version": "print the version and exit"}
-    name = choose("megatree", args, described, kind="command", about=ABOUT, flags=flags)
-    return COMMANDS[name][1](args[1:])
+    name = choose("megatree", args, COMMANDS, kind="command", about=ABOUT, flags=flags)
+    # Only now: `megatree --help` needs no torch.
+    return importlib.import_module(f"megatree.cli.{name}").main(args[1:])
 
 
 def _version() -> int:
@@ -58,39 +69,3 @@ def _say(text: str, code: int) -> int:
     place = f" (rank {rank})" if rank else ""
     print(f"megatree{place}: {text}", file=sys.stderr)
     return code
-
-
-# Each command is imported when it runs: `megatree --help` needs no torch.
-
-
-def _train(args: list[str]) -> int:
-    from megatree.cli.train import main
-
-    return main(args)
-
-
-def _explain(args: list[str]) -> int:
-    from megatree.cli.explain import main
-
-    return main(args)
-
-
-def _generate(args: list[str]) -> int:
-    from megatree.cli.generate import main
-
-    return main(args)
-
-
-def _demo(args: list[str]) -> int:
-    from megatree.cli.demo import main
-
-    return main(args)
-
-
-ABOUT = "Train large transformers in parallel: models are pure functions, layouts are data."
-COMMANDS: Mapping[str, tuple[str, Callable[[list[str]], int]]] = {
-    "train": ("Train a recipe, or go on with one.", _train),
-    "generate": ("Continue a text with a trained model.", _generate),
-    "explain": ("Print what a rank runs: the program of one block, its collectives.", _explain),
-    "demo": ("Train, change the mesh and generate, in minutes on two CPU cores.", _demo),
-}

@@ -86,7 +86,8 @@ def attention(
         shape = (q.shape[0], *q.shape[2:4], q.shape[1], k.shape[1])
         assert key is not None
         kept = keep(comm, ("b", "g", "r", "t", "s"), shape, key, dropout, q.device)
-        kept = kept / (1.0 - dropout)
+        # Not bool / float, which is float32 and would round a float64 model's weights to 3e-8.
+        kept = kept.to(torch.promote_types(q.dtype, torch.float32)) / (1.0 - dropout)
     return _reference(q, k, v, mask, kept, scale=scale)
 
 

@@ -50,10 +50,6 @@ def _contraction(text: str) -> Callable[..., Tensor]:
 
 def _contract(compact: str, summed: int, xs: tuple[Tensor, ...]) -> Tensor:
     """Contract; `summed` counts the labels that one matrix product sums, see `_summed`."""
-    if not summed and len(xs) == 1 and len(compact) == 2 * xs[0].dim() + 2:
-        before, _, after = compact.partition("->")  # 5 us where torch.einsum takes 15
-        if len(set(after)) == len(after) and "." not in after:
-            return xs[0].permute([before.index(label) for label in after])
     if not summed:
         return torch.einsum(compact, *xs)
     x, weight = xs

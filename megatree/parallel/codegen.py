@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from megatree.parallel.bodies import run_body
@@ -45,10 +44,12 @@ def generate(graph: fx.Graph, comm: RankComm) -> Callable[..., Any]:
             return f"slice({spell(value.start)}, {spell(value.stop)}, {spell(value.step)})"
         if isinstance(value, dict):
             return "{" + ", ".join(f"{k!r}: {spell(v)}" for k, v in value.items()) + "}"
-        if isinstance(value, _SIMPLE) and value == value and value not in (float("inf"), -float("inf")):
+        if (
+            isinstance(value, _SIMPLE)
+            and value == value
+            and value not in (float("inf"), -float("inf"))
+        ):
             return repr(value)
-        if isinstance(value, torch.dtype):
-            return constant(value)
         return constant(value)
 
     inputs: list[str] = []
@@ -65,7 +66,7 @@ def generate(graph: fx.Graph, comm: RankComm) -> Callable[..., Any]:
     name = f"<megatree program {next(_serial)}>"
     source = f"def program({', '.join(inputs)}):\n" + "".join(f"    {line}\n" for line in lines)
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    exec(compile(source, name, "exec"), scope)  # noqa: S102 (our own text)
+    exec(compile(source, name, "exec"), scope)
     program = scope["program"]
     program.source = source
     return program
@@ -88,12 +89,14 @@ def _call(node: fx.Node, comm: RankComm, names: Any, spell: Any, constant: Any) 
     if node.target is operator.getitem and isinstance(node.args[1], int):
         return f"{spell(node.args[0])}[{node.args[1]}]"
     if node.target is move:
-        x, src, dst = node.args
+        move_args: Any = node.args
+        x, src, dst = move_args
         steps, dual = plan_move(src, dst), plan_move(dst.dual, src.dual)
         if not steps and (not dual or not src.grad):
             return spell(x)
         return f"{constant(bound_move(comm, steps, dual, src.grad))}({spell(x)})"
-    target, operands = node.target, node.args
+    target: Any = node.target
+    operands: Any = node.args
     first = [constant(comm)] if target in NEEDS_COMM else []
     if target in (scoped_op, run_body):  # called directly, with a comm made once
         target, table, *operands = operands

@@ -1,5 +1,6 @@
 """Lower a whole model: one program per segment and block kind, with one sync per leaf."""
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -250,8 +251,10 @@ def _declaration(params: Mapping[str, Any], path: str, user: str) -> Param:
     names, leaves, _ = flatten_with_names(dict(params))
     table = dict(zip(names, leaves, strict=True))
     if path not in table:
+        hint = difflib.get_close_matches(path, names, 1)
+        meant = f" (did you mean {hint[0]!r}?)" if hint else ""
         raise ShardingError(
-            f"{user}: borrows {path!r}, which the model does not have. "
+            f"{user}: borrows {path!r}, which the model does not have{meant}. "
             f"Leaves are {', '.join(names[:8])}."
         )
     leaf = table[path]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatree.functional.param import Array, Param
-from megatree.parallel.assemble import assemble, points
+from megatree.parallel.assemble import assemble
+from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import Layout, cut
 from megatree.parallel.lower import lower
 from megatree.parallel.program import Program
@@ -60,13 +61,20 @@ def simulate(
         ShardingError: the function cannot be typed.
         SimulationError: ranks disagree on a collective, wait for each other, or copies differ.
     """
+    program = lower_for(fn, layout, values, axes)
+    return run_simulated(program, optree.tree_leaves(values), cotangents, rtol=rtol)
+
+
+def lower_for(
+    fn: Callable[..., Any], layout: Layout, values: Sequence[Any], axes: Sequence[Any]
+) -> Program:
+    """Lower a function for whole values and their declarations; see `simulate`."""
     sizes: dict[str, int] = {}
     abstract = tuple(
         optree.tree_map(lambda x, leaf: _declare(x, leaf, sizes), value, axis)
         for value, axis in zip(values, axes, strict=True)
     )
-    program = lower(fn, layout, *abstract, sizes=sizes)
-    return run_simulated(program, optree.tree_leaves(values), cotangents, rtol=rtol)
+    return lower(fn, layout, *abstract, sizes=sizes)
 
 
 def _declare(value: Tensor, leaf: Any, sizes: dict[str, int]) -> Param | Array:
@@ -79,46 +87,79 @@ def _declare(value: Tensor, leaf: Any, sizes: dict[str, int]) -> Param | Array:
     return replace(leaf, dtype=value.dtype)
 
 
+RankResult = tuple[list[Tensor], list[Tensor | None]]
+"""One rank's results and the gradients of its inputs, after their hoisted sums."""
+
+
 def run_simulated(
-    program: Program, leaves: Sequence[Tensor | list[Tensor]], cotangents: Any = None, *, rtol: float = 1e-9
+    program: Program,
+    leaves: Sequence[Tensor | list[Tensor]],
+    cotangents: Any = None,
+    *,
+    rtol: float = 1e-9,
 ) -> Simulated:
     """Run a lowered program on whole tensors, or on lists of one tensor per rank; see `simulate`."""
-    sizes = program.mesh_sizes
-    types = list(program.types.values())
-    seeds = _seeds(program, cotangents)
-    locals_ = [
-        [
-            (x[rank] if isinstance(x, list) else cut(x, ty.spec, sizes, at))
-            .detach()
-            .clone()
-            .requires_grad_(ty.grad)
-            for x, ty in zip(leaves, types, strict=True)
-        ]
-        for rank, at in enumerate(points(sizes))
-    ]
     comms: list[ThreadComm] = []
 
-    def rank_main(comm: ThreadComm) -> tuple[list[Tensor], list[Tensor | None]]:
+    def rank_main(comm: ThreadComm) -> RankResult:
         comms.append(comm)
-        mine = locals_[comm.rank]
-        outs = program.bind(comm)(*mine)
-        roots, gs = [], []
-        for out, ty, seed in zip(outs, program.out_types, seeds, strict=True):
-            if out.requires_grad and seed is not None:
-                roots.append(out)
-                gs.append(cut(seed, ty.spec, sizes, comm.coords))
-        if roots:
-            torch.autograd.backward(roots, gs)
-        grads: list[Tensor | None] = []
-        for x, ty, path in zip(mine, types, program.types, strict=True):
-            grad = x.grad if ty.grad else None
-            if ty.grad and grad is None:
-                grad = torch.zeros_like(x)
-            over = program.sync.get(path, ())
-            grads.append(comm.psum(grad, over) if over and grad is not None else grad)
-        return [out.detach() for out in outs], grads
+        mine = [x[comm.rank] if isinstance(x, list) else x for x in leaves]
+        whole = [not isinstance(x, list) for x in leaves]
+        return run_rank(program, comm, mine, cotangents, whole=whole)
 
-    results = Threads(sizes).run(rank_main)
+    results = Threads(program.mesh_sizes).run(rank_main)
+    counts = next(c.counts for c in comms if c.rank == 0)
+    return assemble_results(program, results, counts, rtol=rtol)
+
+
+def run_rank(
+    program: Program,
+    comm: RankComm,
+    leaves: Sequence[Tensor],
+    cotangents: Any = None,
+    *,
+    whole: Sequence[bool] | None = None,
+) -> RankResult:
+    """Run a program forward and backward on one rank, and sum the gradients of its leaves.
+
+    Args:
+        program: lowered.
+        comm: the rank's.
+        leaves: flat inputs.
+        cotangents: tree like the result, of whole cotangents; None: ones.
+        whole: per input, whether it is the whole value, to be cut here; None: all are.
+    """
+    sizes = program.mesh_sizes
+    mine = [
+        (cut(x, ty.spec, sizes, comm.coords) if is_whole else x)
+        .detach()
+        .clone()
+        .requires_grad_(ty.grad)
+        for x, ty, is_whole in zip(
+            leaves, program.types.values(), whole or [True] * len(leaves), strict=True
+        )
+    ]
+    outs = program.bind(comm)(*mine)
+    roots, gs = [], []
+    for out, ty, seed in zip(outs, program.out_types, _seeds(program, cotangents), strict=True):
+        if out.requires_grad and seed is not None:
+            roots.append(out)
+            gs.append(cut(seed, ty.spec, sizes, comm.coords))
+    if roots:
+        torch.autograd.backward(roots, gs)
+    grads: list[Tensor | None] = []
+    for x, (path, ty) in zip(mine, program.types.items(), strict=True):
+        grad = torch.zeros_like(x) if ty.grad and x.grad is None else x.grad
+        over = program.sync.get(path, ())
+        grads.append(comm.psum(grad, over) if over and grad is not None else grad)
+    return [out.detach() for out in outs], grads
+
+
+def assemble_results(
+    program: Program, results: Sequence[RankResult], counts: dict[str, int], *, rtol: float
+) -> Simulated:
+    """Put all ranks' results and gradients together, checking that copies agree."""
+    sizes = program.mesh_sizes
     value = [
         assemble([r[0][i] for r in results], ty, sizes, f"result {i}", rtol=rtol)
         for i, ty in enumerate(program.out_types)
@@ -138,7 +179,7 @@ def run_simulated(
     return Simulated(
         value=optree.tree_unflatten(program.out_tree, value),
         grads=optree.tree_unflatten(program.in_tree, grads),
-        counts=next(c.counts for c in comms if c.rank == 0),
+        counts=counts,
         program=program,
     )
 

@@ -114,17 +114,17 @@ def _eod(cfg: DataConfig, tokenizer: Tokenizer) -> int:
 
 
 def _read_texts(path: Path) -> tuple[str, ...]:
-    raw = path.read_bytes()
-    name = path.name
-    if name.endswith(".xz"):
-        raw, name = lzma.decompress(raw), name.removesuffix(".xz")
-    text = raw.decode("utf-8")
+    text = _read(path)
+    name = path.name.removesuffix(".xz")
     if name.endswith(".txt"):
         return (text,)
     if not name.endswith(".jsonl"):
         raise ValueError(f"data.text: {path} is neither .jsonl nor .txt. Convert or rename it.")
     texts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: JSON may hold U+2028 and its like as they are.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             texts.append(json.loads(line)["text"])
         except (ValueError, KeyError, TypeError):
@@ -133,3 +133,11 @@ def _read_texts(path: Path) -> tuple[str, ...]:
                 'as {"text": "..."}.'
             ) from None
     return tuple(texts)
+
+
+def _read(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
+    except (lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.text: {path} is no UTF-8 text ({error}). Convert it.") from None

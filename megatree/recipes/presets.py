@@ -18,7 +18,7 @@ Recipe = Callable[[], RunConfig]
 
 
 def demo() -> RunConfig:
-    """Return the demo: a small Llama on the novels inside the package, 2 CPU processes."""
+    """Return a Llama of 0.9 M parameters on the novels inside the package, for 2 CPU processes."""
     return RunConfig(
         model=GPTConfig(
             vocab_size=512,
@@ -45,9 +45,11 @@ def demo() -> RunConfig:
 
 
 def gpt2_small() -> RunConfig:
-    """Return GPT-2 of 124 M parameters: Radford et al. 2019, table 2, first row.
+    """Return GPT-2 of 124 M parameters, ten billion tokens.
 
-    Ten billion tokens in steps of 524,288; no dropout, as has become usual for one epoch.
+    Without dropout, as has become usual where no sample is seen twice.
+
+    Reference: Radford et al. 2019, table 2, first row.
     """
     return RunConfig(
         model=_gpt2(embed=768, num_layers=12, num_heads=12),
@@ -59,7 +61,10 @@ def gpt2_small() -> RunConfig:
 
 
 def gpt2_345m() -> RunConfig:
-    """Return GPT-2 of 345 M parameters (354.8 M counted whole): table 2, second row."""
+    """Return GPT-2 of 345 M parameters (354.8 M when counted), ten billion tokens.
+
+    Reference: Radford et al. 2019, table 2, second row.
+    """
     return RunConfig(
         model=_gpt2(embed=1024, num_layers=24, num_heads=16),
         optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, warmup_steps=700),
@@ -70,7 +75,7 @@ def gpt2_345m() -> RunConfig:
 
 
 def llama_1b() -> RunConfig:
-    """Return a Llama of 956 M parameters, twenty tokens for each."""
+    """Return a Llama of 956 M parameters, twenty tokens for each of them."""
     return RunConfig(
         model=_llama(
             vocab_size=32768, seq_length=4096, embed=2048, num_layers=16, num_heads=16, ffn=5632
@@ -90,9 +95,9 @@ def llama_1b() -> RunConfig:
 
 
 def llama_7b() -> RunConfig:
-    """Return Llama 2 of 7 B parameters: Touvron et al. 2023, arXiv:2307.09288, table 1.
+    """Return Llama 2 of 7 B parameters, two trillion tokens, on 8 tensor parallel ranks.
 
-    Two trillion tokens in steps of 4 M, over 8 tensor parallel ranks.
+    Reference: Touvron et al. 2023, arXiv:2307.09288, table 1 and section 2.2.
     """
     return RunConfig(
         model=_llama(

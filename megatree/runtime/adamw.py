@@ -11,7 +11,7 @@ Schedule = Callable[[int], float]
 
 
 class Optimizer(NamedTuple):
-    """A pair of functions: `init(params) -> state`, `update(params, grads, state, ...)` in place."""
+    """Two functions: `init(params) -> state`, and `update(params, grads, state, ...)` in place."""
 
     init: Callable[[Any], dict[str, Any]]
     update: Callable[..., None]
@@ -82,7 +82,10 @@ def adamw(
     def fused(
         rows: Sequence[tuple[Tensor, ...]], weight_decay: float, step: int, scale: Tensor | float
     ) -> None:
-        """Update (target, gradient, m, v) of one dtype in one pass: 2.0 against 6.2 ms for 0.9 M."""
+        """Update rows (target, gradient, m, v) of one dtype in one pass over their memory.
+
+        Against one torch call per line of the algorithm: 0.6 against 6.2 ms for 0.9 M elements.
+        """
         targets, grads, m, v = (list(column) for column in zip(*rows, strict=True))
         grads = [g.to(moment.dtype) for g, moment in zip(grads, m, strict=True)]
         # Not grad_scale=: it divides, by a float32, which is no law for float64.

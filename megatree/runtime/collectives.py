@@ -95,7 +95,13 @@ class ProcessComm(RankComm):
         if dim or order is not None:
             parts = x.chunk(n, dim)
             x = torch.cat(parts if order is None else [parts[i] for i in order[0]], 0)
-        return ops.wait_tensor(ops.reduce_scatter_tensor(x, "sum", n, self._group(axes)))
+        if self.device.type != "cpu":
+            return ops.wait_tensor(ops.reduce_scatter_tensor(x, "sum", n, self._group(axes)))
+        # gloo would sum all of it on every rank: 1.6 against 1.0 ms of CPU for 2 MiB on 2 ranks.
+        rows = [x.shape[0] // n] * n
+        got = ops.wait_tensor(ops.all_to_all_single(x, rows, rows, self._group(axes)))
+        first, *others = got.chunk(n, 0)
+        return sum(others, first)
 
     def all_to_all(self, x: Tensor, axes: Axes, split_dim: int, concat_dim: int) -> Tensor:
         ops = torch.ops._c10d_functional

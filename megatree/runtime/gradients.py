@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -166,6 +167,7 @@ def value_and_grad(
     ) -> tuple[dict[str, Tensor], Any]:
         store(gradients.groups, gradients.params, params)
         values, _ = gradients(microbatches)
-        return values, views(gradients.groups, gradients.grads, model.params)
+        grads = views(gradients.groups, gradients.grads, model.params)
+        return values, optree.tree_map(torch.clone, grads)  # the next call writes the buffers again
 
     return run

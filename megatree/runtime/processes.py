@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import threading
@@ -168,7 +169,7 @@ def _read(
         rank = next(r for r, p in open_pipes.items() if p is pipe)
         del open_pipes[rank]
         try:
-            time_s, value, text = pipe.recv()  # type: ignore[union-attr]
+            time_s, value, text = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
         except EOFError:
             processes[rank].join(1.0)
             code = processes[rank].exitcode
@@ -206,9 +207,9 @@ def _rank_main(
         value = fn(device, *args)
         dist.barrier()
         sys.stdout.flush()  # whoever launched us kills us once all have reported
-        pipe.send((time.time(), value if rank == 0 else None, ""))
+        pipe.send_bytes(pickle.dumps((time.time(), value if rank == 0 else None, "")))
     except BaseException as error:
-        pipe.send((time.time(), refusal(error), traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((time.time(), refusal(error), traceback.format_exc())))
         sys.stdout.flush()
         os._exit(1)  # no clean-up: peers may wait for this rank for ever
     dist.destroy_process_group()

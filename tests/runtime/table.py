@@ -1,7 +1,5 @@
 """The central table: models, and the meshes and rules under which each must be itself."""
 
-from collections.abc import Callable
-
 from megatree.models.gpt import GPTConfig
 from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.mesh import Mesh
@@ -31,8 +29,6 @@ MODELS: dict[str, GPTConfig] = {
 }
 
 Axes = str | tuple[str, ...]
-_WHOLE = {"kv_heads": "kv_heads", "group": None}
-_GROUP = {"mqa": "group"}
 
 
 def _tp(mesh: Mesh, axes: Axes = "tp", *, heads: str = "kv_heads", **more: Axes | None) -> Layout:
@@ -61,9 +57,9 @@ def _rows(heads: str) -> dict[str, Layout]:
         "two dp axes": tp(Mesh(dp=2, ep=2, tp=2), batch=("dp", "ep"), seq_res="tp"),
         # a dim cut by two mesh axes, in mesh order and against it
         "tp over two": tp(Mesh(x=2, y=2), ("x", "y"), seq_res=("x", "y")),
-        "tp over two, swapped": tp(Mesh(x=2, y=2), ("y", "x"), seq_res=("x", "y")),
+        "tp over two, swapped": tp(Mesh(x=2, y=2), ("y", "x"), seq_res=("y", "x")),
         "dp, tp over two, swapped": tp(
-            Mesh(x=2, y=2, dp=2), ("y", "x"), batch="dp", seq_res=("y", "x")
+            Mesh(x=2, y=2, dp=2), ("y", "x"), batch="dp", seq_res=("x", "y")
         ),
         # tp outside, dp inside: ranks of a group are not neighbours
         "axes in another order": tp(Mesh(model=2, data=4), "model", batch="data", seq_res="model"),
@@ -73,8 +69,7 @@ def _rows(heads: str) -> dict[str, Layout]:
         # attention is cut one way, the feed-forward layer another, the vocabulary a third
         "mixed": Layout(
             Mesh(x=2, y=2, z=2),
-            Rules(**{heads: "x", "ffn": ("y", "z"), "vocab": "z", "batch": "y", "seq_res": "x"})
-            .updated(ffn="z"),
+            Rules(**{heads: "x", "ffn": "z", "vocab": "z", "batch": "y", "seq_res": "x"}),
         ),
         "attention alone": Layout(Mesh(tp=4), Rules(**{heads: "tp", "seq_res": "tp"})),
         "feed-forward alone": Layout(Mesh(tp=2), Rules(ffn="tp")),
@@ -98,7 +93,7 @@ def _few_kv() -> dict[str, Layout]:
             outer, Rules(kv_heads="kv", group="heads", seq_res=("kv", "heads"), **explicit)
         ),
         "group alone": Layout(Mesh(tp=4), Rules(group="tp", ffn="tp", vocab="tp", seq_res="tp")),
-        "tp2": _tp(Mesh(tp=2), seq_res="tp"),
+        "tp2 sp": _tp(Mesh(tp=2), seq_res="tp"),
     }
 
 
@@ -112,4 +107,22 @@ def layouts(model: str) -> dict[str, Layout]:
     return rows
 
 
-DEFAULT: dict[str, Callable[[int], bool]] = {}
+DEFAULT: dict[str, tuple[str, ...]] = {
+    "llama": (
+        "one rank", "dp2 tp2 sp", "dp2 tp4 sp", "mixed", "vocabulary alone",
+    ),
+    "llama tied": ("tp2", "dp8", "sp over more", "axes in another order"),
+    "gpt2 tied": (
+        "dp2 tp2", "tp4 sp", "positions too", "attention alone", "tp over two, swapped",
+    ),
+    "gpt2 dropout": ("dp2", "tp2 sp", "dp2 tp4 sp", "tp over two"),
+    "squared relu": ("feed-forward alone", "tp4", "sp over other", "two dp axes"),
+    "mqa": ("tp2", "dp4 tp2 sp", "dp, tp over two, swapped"),
+    "few kv": tuple(_few_kv()),
+}  # fmt: skip
+"""The rows of the default run: every layout at least once; the full product runs in `-m full`."""
+
+
+def rows() -> list[tuple[str, str, bool]]:
+    """Return (model, layout, whether it is in the default run) of all rows."""
+    return [(m, name, name in DEFAULT[m]) for m in MODELS for name in layouts(m)]

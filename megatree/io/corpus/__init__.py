@@ -6,9 +6,10 @@ from megatree.io.corpus.exact import drop_exact_duplicates
 from megatree.io.corpus.near import NearDuplicates, drop_groups, find_pairs, group_pairs
 from megatree.io.corpus.stream import Tally
 from megatree.io.corpus.urls import BlockList, filter_urls
-from megatree.io.corpus.wikipedia import extract_wikipedia
+from megatree.io.corpus.wikipedia import Articles, extract_wikipedia
 
 __all__ = [
+    "Articles",
     "BlockList",
     "Cleanup",
     "Decontamination",

@@ -2,13 +2,19 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatree.io.preprocess.blocks import BadLine, read_blocks
+from megatree.io.preprocess.blocks import MAX_LINE_BYTES, BadLine, Block, read_blocks
 from megatree.io.preprocess.compressed import plain_suffix
-from megatree.io.preprocess.records import BadRecord, json_records, text_records
+from megatree.io.preprocess.records import (
+    RecordError,
+    numbered_lines,
+    parse_line,
+    text_records,
+    texts_of,
+)
 
 Gram = tuple[str, ...]
 
@@ -28,7 +34,6 @@ class Evaluations:
     grams: frozenset[Gram]
     texts: int = 0
     too_short: int = 0
-    _: None = field(default=None, repr=False)
 
     @staticmethod
     def read(
@@ -104,11 +109,22 @@ def _texts(path: Path, keys: Sequence[str]) -> Iterator[str]:
     for block in read_blocks(path, unit="paragraph" if plain else "line"):
         if isinstance(block, BadLine):
             raise ValueError(f"{block}. Give a file of shorter lines.")
-        if plain:
-            records = text_records(block, "text", "paragraph", max_line_bytes=1 << 26)
-        else:
-            records = json_records(block, keys, max_line_bytes=1 << 26)
-        for record in records:
-            if isinstance(record, BadLine):
-                raise ValueError(f"{record}. Mend the file.")
-            yield from (text for texts in record[1].values() for text in texts)
+        yield from _paragraphs(block) if plain else _values(block, keys)
+
+
+def _paragraphs(block: Block) -> Iterator[str]:
+    for record in text_records(block, "text", "paragraph", max_line_bytes=MAX_LINE_BYTES):
+        if isinstance(record, BadLine):
+            raise ValueError(f"{record}. Mend the file.")
+        yield from record[1]["text"]
+
+
+def _values(block: Block, keys: Sequence[str]) -> Iterator[str]:
+    for line, raw in numbered_lines(block):
+        try:
+            record = parse_line(raw)
+            # Sets differ in their keys, and the objects of one set do too.
+            texts = texts_of(record, [key for key in keys if key in record])
+        except RecordError as bad:
+            raise ValueError(f"{block.file}:{line}: {bad.detail}. Mend the file.") from bad
+        yield from (text for some in texts.values() for text in some)

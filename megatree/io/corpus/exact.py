@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from megatree.io.corpus.places import PlacesBuilder
 from megatree.io.corpus.stream import (
     Job,
     Kept,
@@ -16,7 +17,6 @@ from megatree.io.corpus.stream import (
     filter_documents,
     map_documents,
 )
-from megatree.io.corpus.places import PlacesBuilder
 from megatree.io.preprocess.blocks import BadLine, Block
 
 Normalize = Literal["none", "case-and-space"]

@@ -36,9 +36,7 @@ class Places:
 
     @cached_property
     def _by_file(self) -> dict[str, np.ndarray]:
-        return {
-            name: self.lines[self.files == number] for number, name in enumerate(self.inputs)
-        }
+        return {name: self.lines[self.files == number] for number, name in enumerate(self.inputs)}
 
     def between(self, file: str, first: int, last: int) -> frozenset[int]:
         """Return the lines of a file that are in `first` to `last`, both included."""

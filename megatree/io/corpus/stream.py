@@ -13,7 +13,7 @@ from megatree.io.data.atomic import atomic_write
 from megatree.io.preprocess.blocks import MAX_LINE_BYTES, BadLine, Block, read_blocks, too_long
 from megatree.io.preprocess.compressed import compressed_writer
 from megatree.io.preprocess.parallel import ordered_map
-from megatree.io.preprocess.records import BadRecord, numbered_lines, parse_line, texts_of
+from megatree.io.preprocess.records import RecordError, numbered_lines, parse_line, texts_of
 
 Record = dict[str, Any]
 OnBadLine = Literal["stop", "skip"]
@@ -178,7 +178,7 @@ def documents_of(
         try:
             record = parse_line(raw)
             yield line, raw, record, "\n".join(texts_of(record, [key])[key])
-        except BadRecord as bad:
+        except RecordError as bad:
             yield BadLine(file=block.file, line=line, kind=bad.kind, detail=bad.detail)
 
 
@@ -254,8 +254,8 @@ def _filter_block(
             continue
         documents += 1
         notes.update(verdict.notes)
-        same = verdict.records is None
-        out += [raw + b"\n"] if same else [json_line(record) for record in verdict.records]
+        made = verdict.records
+        out += [raw + b"\n"] if made is None else [json_line(one) for one in made]
     data = b"".join(out)
     tally = Tally(
         documents=documents,

@@ -1,4 +1,4 @@
-"""Which web addresses to leave out: malformed, short, of blocked domains or file types, repeated."""
+"""Which web addresses to leave out: malformed, short, blocked by domain or type, repeated."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable

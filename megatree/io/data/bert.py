@@ -1,6 +1,7 @@
 """Samples for BERT: one or two runs of sentences with hidden words, equal to Megatron's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -36,7 +37,7 @@ class BertOptions:
     mask: int
     pad: int
     random_ids: Int64[np.ndarray, " vocab"]
-    masking: Masking = Masking()
+    masking: Masking = field(default_factory=Masking)
     sentences: Literal["pair", "single"] = "pair"
     short_probability: float = 0.1
     seed: int = 1234
@@ -118,7 +119,8 @@ class BertDataset:
         """
         check_ids(self.name, ids, len(self))
         shape = len(ids), self.options.seq
-        out = {name: np.zeros(shape, np.int64) for name in ("labels", "types", "padding")}
+        names = ("labels", "types", "padding")
+        out: Batch = {name: np.zeros(shape, np.int64) for name in names}
         out["tokens"] = np.full(shape, self.options.pad, np.int64)
         out["weights"] = np.zeros(shape, np.float32)
         swapped = np.zeros((len(ids), 1), np.int64)
@@ -137,8 +139,8 @@ class BertDataset:
         """Make one sample; its draws depend on (seed, sample_id) only."""
         options = self.options
         first, end, target = (int(x) for x in self.index[sample_id])
-        sentences = read_sequences(self.source, first, end)
-        random = np.random.RandomState((options.seed + sample_id) % (1 << 32))  # noqa: NPY002
+        sentences = [part.tolist() for part in read_sequences(self.source, first, end)]
+        random = np.random.RandomState((options.seed + sample_id) % (1 << 32))
         runs, swapped = _runs(sentences, random, options.sentences)
         runs, truncated = _truncate(runs, target, random)
         tokens = [options.cls, *runs[0], options.sep]
@@ -210,9 +212,9 @@ def _runs(
 ) -> tuple[list[list[int]], bool]:
     """Return the two runs of tokens (the second may be empty) and whether they changed places."""
     if kind == "single":
-        return [sum(sentences, []), []], False
+        return [list(chain(*sentences)), []], False
     pivot = int(random.randint(1, len(sentences))) if len(sentences) >= 3 else 1
-    runs = [sum(sentences[:pivot], []), sum(sentences[pivot:], [])]
+    runs = [list(chain(*sentences[:pivot])), list(chain(*sentences[pivot:]))]
     if random.random_sample() < 0.5:
         return runs[::-1], True
     return runs, False

@@ -1,8 +1,8 @@
 """In which order the samples of several datasets are dealt, so that every prefix has the shares.
 
 `megatron` is Megatron's rule: at each step the dataset that lags most behind its share. None is
-ever a whole sample ahead of its share, but with three or more datasets one may lag by more than one.
-`quota` keeps both within one sample at any prefix.
+ever a whole sample ahead of it, but with three or more datasets one may lag by more than a sample.
+`quota` keeps every dataset within one sample of its share at any prefix.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Rule = Literal["megatron", "quota"]
 _STEPS_AT_ONCE = 1 << 12
 
 
-def normalised(weights: Sequence[float]) -> list[float]:
+def normalised(weights: Sequence[float | int]) -> list[float]:
     """Return weights divided by their sum.
 
     Raises:
@@ -31,7 +31,7 @@ def normalised(weights: Sequence[float]) -> list[float]:
 
 
 def blend_order(
-    weights: Sequence[float], size: int, *, rule: Rule = "megatron"
+    weights: Sequence[float | int], size: int, *, rule: Rule = "megatron"
 ) -> tuple[Int16[np.ndarray, " size"], Int64[np.ndarray, " size"]]:
     """Return (dataset, sample of that dataset) at each of `size` steps.
 
@@ -43,12 +43,14 @@ def blend_order(
     Reference: `quota` is the quota method of Balinski and Young 1975.
 
     >>> blend_order([0.75, 0.25], 4)[0].tolist()
-    [0, 0, 1, 0]
+    [0, 1, 0, 0]
     """
     _check_count(len(weights))
     if rule == "quota":
         return _with_samples(_quota(weights, size), len(weights))
-    return _with_samples(_most_behind(weights, [size] * len(weights), size), len(weights))
+    # Rounding can make a share of nothing look as if it lagged.
+    limits = [size if weight else 0 for weight in weights]
+    return _with_samples(_most_behind(weights, limits, size), len(weights))
 
 
 def exhaustive_order(
@@ -73,7 +75,7 @@ def _check_count(count: int) -> None:
         )
 
 
-def _most_behind(weights: Sequence[float], limits: Sequence[int], size: int) -> np.ndarray:
+def _most_behind(weights: Sequence[float | int], limits: Sequence[int], size: int) -> np.ndarray:
     """Deal the dataset with the largest `weight * step - dealt`, the first of equals."""
     out = np.empty(size, np.int16)
     shares = np.array(weights, np.float64)
@@ -93,7 +95,7 @@ def _most_behind(weights: Sequence[float], limits: Sequence[int], size: int) -> 
     return out
 
 
-def _quota(weights: Sequence[float], size: int) -> np.ndarray:
+def _quota(weights: Sequence[float | int], size: int) -> np.ndarray:
     """Deal, of the datasets below their share at this step, the one with most weight per sample."""
     out = np.empty(size, np.int16)
     shares = np.array(weights, np.float64)

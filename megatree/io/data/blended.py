@@ -1,8 +1,9 @@
 """Several datasets dealt as one, by weights or by epochs; each may be a blend itself."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -79,7 +80,7 @@ def _check_alike(k: int, part: Batch, out: Batch) -> None:
         )
 
 
-def blend_sizes(weights: Sequence[float], size: int) -> list[int]:
+def blend_sizes(weights: Sequence[float | int], size: int) -> list[int]:
     """Return how many samples of a blend each dataset gives; a part of a sample counts as one.
 
     The sum may exceed `size` by one per dataset; it is the size of the blend.
@@ -92,7 +93,7 @@ def blend_sizes(weights: Sequence[float], size: int) -> list[int]:
 
 def blend_by_weights(
     datasets: Sequence[Dataset],
-    weights: Sequence[float],
+    weights: Sequence[float | int],
     size: int,
     *,
     rule: Rule = "megatron",
@@ -130,7 +131,7 @@ def blend_by_weights(
 
 
 def blend_by_epochs(
-    datasets: Sequence[Dataset], epochs: Sequence[float], *, cache: IndexCache | None = None
+    datasets: Sequence[Dataset], epochs: Sequence[float | int], *, cache: IndexCache | None = None
 ) -> BlendedDataset:
     """Blend every dataset `epochs` times over, evenly spread; 1.5 deals half of it once more.
 
@@ -149,7 +150,7 @@ def blend_by_epochs(
     return _blend(datasets, lambda: exhaustive_order(sizes), key, cache)
 
 
-def _check_counts(datasets: Sequence[Dataset], values: Sequence[float], what: str) -> None:
+def _check_counts(datasets: Sequence[Dataset], values: Sequence[float | int], what: str) -> None:
     if len(datasets) != len(values) or not datasets:
         raise ValueError(
             f"blend: {len(values)} {what} for {len(datasets)} datasets. Give one for each."
@@ -159,7 +160,7 @@ def _check_counts(datasets: Sequence[Dataset], values: Sequence[float], what: st
 def _blend(
     datasets: Sequence[Dataset],
     order: Callable[[], tuple[np.ndarray, np.ndarray]],
-    key: dict[str, object],
+    key: Mapping[str, Any],
     cache: IndexCache | None,
 ) -> BlendedDataset:
     def build() -> dict[str, np.ndarray]:

@@ -88,7 +88,7 @@ class IndexCache:
 def _map_array(path: Path, note: Path) -> np.ndarray:
     try:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (ValueError, OSError):
+    except (ValueError, OSError, EOFError):
         pass  # numpy cannot map an array of no elements
     try:
         return np.load(path, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Conversations as training data: what the assistant wrote is learned, the rest is context."""
+"""Conversations to tokens on disk: what the assistant wrote is learned, the rest is context."""
 
 import json
 import os
@@ -6,16 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int64, Integer
 
 from megatree.io.data.chat_template import ChatTemplate, Piece
-from megatree.io.data.dataset import Batch, check_ids, digest, select_columns
 from megatree.io.data.indexed import IndexedFile, IndexedWriter
-from megatree.io.data.packing import pack
+from megatree.io.data.packed import PackedDataset, TooLong, packed_dataset
 
 _LONGEST_LINE = 1 << 26  # bytes
 
@@ -154,80 +151,11 @@ def _encode(
     pieces: Sequence[Piece], encode: Callable[[str], Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     encoded = [np.asarray(encode(text), np.int64).reshape(-1) for text, _ in pieces]
-    flags = [np.full(len(ids), learned, np.uint8) for ids, (_, learned) in zip(encoded, pieces)]
+    flags = [
+        np.full(len(ids), learned, np.uint8)
+        for ids, (_, learned) in zip(encoded, pieces, strict=True)
+    ]
     return np.concatenate(encoded), np.concatenate(flags)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ChatDataset:
-    """Rows of whole conversations, padded; attention and positions begin anew at each.
-
-    A conversation of n tokens takes n - 1 columns: each of its tokens but the first is a label.
-
-    Attributes:
-        tokens: ids, a conversation per sequence.
-        learned: 1 where a token is learned as a label, else 0.
-        seq: columns of a row.
-        rows_of: the conversations of all rows.
-        bounds: row r holds `rows_of[bounds[r]:bounds[r + 1]]`.
-        dropped: conversations that are in no row: too long, or nothing to learn.
-    """
-
-    tokens: IndexedFile
-    learned: IndexedFile
-    seq: int
-    rows_of: Int64[np.ndarray, " num_items"]
-    bounds: Int64[np.ndarray, " num_bounds"]
-    dropped: int
-
-    def __len__(self) -> int:
-        return len(self.bounds) - 1
-
-    @property
-    def identity(self) -> str:
-        """Digest of the files and of the rows."""
-        return digest(
-            kind="chat",
-            tokens=self.tokens.identity,
-            learned=self.learned.identity,
-            seq=self.seq,
-            rows=[len(self), len(self.rows_of), *self.bounds[:8].tolist()],
-        )
-
-    def verify(self) -> None:
-        """Raise a ValueError if a file changed."""
-        self.tokens.verify()
-        self.learned.verify()
-
-    def rows(
-        self,
-        ids: Integer[np.ndarray, " n"],
-        columns: Integer[np.ndarray, " t"] | None = None,
-    ) -> Batch:
-        """Return `tokens`, `labels`, `weights`, `positions` and `segments` [n, seq].
-
-        Padding is token 0 of weight 0, in a segment of its own.
-        """
-        check_ids("ChatDataset", ids, len(self))
-        shape = len(ids), self.seq
-        out: Batch = {
-            name: np.zeros(shape, np.int64) for name in ("tokens", "labels", "positions")
-        }
-        out["segments"] = np.zeros(shape, np.int64)
-        out["weights"] = np.zeros(shape, np.float32)
-        for row, number in enumerate(ids.tolist()):
-            at = 0
-            items = self.rows_of[self.bounds[number] : self.bounds[number + 1]].tolist()
-            for segment, item in enumerate(items):
-                text = self.tokens[item][: self.seq + 1]
-                here = slice(at, at + len(text) - 1)
-                out["tokens"][row, here], out["labels"][row, here] = text[:-1], text[1:]
-                out["weights"][row, here] = self.learned[item][1 : self.seq + 1]
-                out["segments"][row, here] = segment
-                out["positions"][row, here] = np.arange(len(text) - 1)
-                at = here.stop
-            out["segments"][row, at:] = len(items)
-        return select_columns(out, columns)
 
 
 def chat_dataset(
@@ -235,57 +163,14 @@ def chat_dataset(
     seq: int,
     *,
     packing: Literal["packed", "single"] = "packed",
-    too_long: Literal["drop", "cut", "stop"] = "stop",
-) -> ChatDataset:
-    """Open what `encode_chats` wrote and lay the conversations into rows.
-
-    Args:
-        prefix: path of the pairs.
-        seq: columns of a row.
-        packing: several conversations in a row where they fit, or one.
-        too_long: what to do with a conversation of more than seq + 1 tokens: leave it out, keep
-            its beginning, or refuse it.
-
-    Raises:
-        ValueError: the two pairs differ, or a conversation is too long.
-    """
+    too_long: TooLong = "stop",
+) -> PackedDataset:
+    """Open what `encode_chats` wrote and lay the conversations into rows; see `packed_dataset`."""
     name = os.fspath(prefix)
-    tokens, learned = IndexedFile(f"{name}_tokens"), IndexedFile(f"{name}_learned")
-    if not np.array_equal(tokens.lengths, learned.lengths):
-        raise ValueError(
-            f"{name}_tokens and {name}_learned: their conversations differ in length. "
-            "Encode them again."
-        )
-    lengths = np.array(tokens.lengths, np.int64)
-    over = lengths > seq + 1
-    if over.any() and too_long == "stop":
-        bad = int(np.argmax(over))
-        raise ValueError(
-            f"{name}_tokens: conversation {bad} has {lengths[bad]} tokens, and rows hold {seq + 1}. "
-            f"{int(over.sum())} are too long: drop or cut them, or raise seq."
-        )
-    keep = _learns_something(learned, lengths, seq + 1)
-    if too_long == "drop":
-        keep &= ~over
-    items = np.flatnonzero(keep)
-    widths = np.minimum(lengths[items], seq + 1) - 1
-    if packing == "packed":
-        order, bounds = pack(widths, seq)
-    else:
-        order, bounds = np.arange(len(items)), np.arange(len(items) + 1)
-    return ChatDataset(
-        tokens=tokens,
-        learned=learned,
-        seq=seq,
-        rows_of=items[order],
-        bounds=bounds,
-        dropped=len(lengths) - len(items),
+    return packed_dataset(
+        IndexedFile(f"{name}_tokens"),
+        seq,
+        learned=IndexedFile(f"{name}_learned"),
+        packing=packing,
+        too_long=too_long,
     )
-
-
-def _learns_something(learned: IndexedFile, lengths: np.ndarray, longest: int) -> np.ndarray:
-    """Return for each conversation whether a label is learned within `longest` tokens."""
-    before = np.concatenate([[0], np.cumsum(learned.tokens, dtype=np.int64)])
-    first = learned.starts(np.arange(len(lengths)))
-    # The first token is no label.
-    return before[first + np.minimum(lengths, longest)] > before[np.minimum(first + 1, before.size - 1)]

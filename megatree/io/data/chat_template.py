@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 _WORKER = Path(__file__).with_name("chat_worker.py")
 _START_S = 30.0
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH")  # what Python may need to start; no secrets
 Piece = tuple[str, bool]
 """Text, and whether the assistant wrote it."""
 
@@ -43,6 +44,7 @@ class ChatTemplate:
         time_limit_s: float = 5.0,
         memory_bytes: int = 1 << 30,
     ) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
         self._start = {
             "template": source,
             "variables": dict(variables or {}),
@@ -50,7 +52,6 @@ class ChatTemplate:
         }
         self._last_only = learn == "last"
         self._time_limit_s = time_limit_s
-        self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
         self._open()
 
@@ -93,6 +94,9 @@ class ChatTemplate:
                     pipe.close()
             self._process = None
 
+    def __del__(self) -> None:
+        self.close()
+
     def __enter__(self) -> "ChatTemplate":
         return self
 
@@ -130,15 +134,21 @@ class ChatTemplate:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={},
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         )
         self._unread = b""
-        self._exchange(self._start, _START_S)
+        try:
+            self._exchange(self._start, _START_S)
+        except BaseException:
+            self.close()
+            raise
 
     def _exchange(self, request: Mapping[str, Any], limit_s: float) -> list[Any]:
         """Send a line, wait for a line; end the process if that takes too long or fails."""
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process is not None, "the process runs between requests"
+        assert process.stdin is not None
+        assert process.stdout is not None
         deadline = time.monotonic() + limit_s
         try:
             _send(process.stdin.fileno(), json.dumps(request).encode() + b"\n", deadline)

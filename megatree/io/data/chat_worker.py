@@ -38,7 +38,7 @@ class Generation(Extension):
         return f"{OPEN}{caller()}{CLOSE}"
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """What a template, or its result, is refused for."""
 
 
@@ -50,16 +50,21 @@ def environment() -> ImmutableSandboxedEnvironment:
         extensions=[Generation, "jinja2.ext.loopcontrols"],
     )
 
-    def raise_exception(message: str) -> None:
-        raise Refusal(f"it refuses the conversation: {message}")
-
     def tojson(value: Any, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     env.filters["tojson"] = tojson
     return env
+
+
+def raise_exception(message: str) -> None:
+    """Let a template refuse its messages."""
+    raise RefusalError(f"it refuses the conversation: {message}")
+
+
+def strftime_now(form: str) -> str:
+    """Return the local time in a form of the template's choice."""
+    return datetime.datetime.now().strftime(form)
 
 
 def pieces(
@@ -99,7 +104,7 @@ def prefix_pieces(
         before = render(messages[:i], True)
         after = text if i == len(messages) - 1 else render(messages[: i + 1], False)
         if not (text.startswith(after) and after.startswith(before) and at <= len(before)):
-            raise Refusal(
+            raise RefusalError(
                 f"its text up to message {i} changes with what follows, so that the assistant's "
                 "part cannot be found. Put {% generation %} around that part in the template, or "
                 "learn the last message only"
@@ -124,7 +129,7 @@ def answer(
 
     try:
         return {"pieces": [piece for piece in pieces(render, request) if piece[0]]}
-    except Refusal as error:
+    except RefusalError as error:
         return {"error": str(error)}
     except MemoryError:
         return {"error": "it takes more memory than it may"}
@@ -139,16 +144,22 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (start["memory_bytes"], start["memory_bytes"]))
     try:
-        template = environment().from_string(start["template"])
-        told = {"pieces": []}
+        template = environment().from_string(
+            start["template"],
+            globals={"raise_exception": raise_exception, "strftime_now": strftime_now},
+        )
     except Exception as error:
-        told = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(told), flush=True)
-    if "error" in told:
+        tell({"error": f"{type(error).__name__}: {error}"})
         return
+    tell({"pieces": []})
     for line in sys.stdin:
-        told = answer(template, start["variables"], json.loads(line))
-        print(json.dumps(told), flush=True)
+        tell(answer(template, start["variables"], json.loads(line)))
+
+
+def tell(value: dict[str, Any]) -> None:
+    """Write one answer."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

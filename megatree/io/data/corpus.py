@@ -48,8 +48,8 @@ class Blend:
     """
 
     parts: "tuple[Corpus | Blend, ...]"
-    weights: tuple[float, ...] | None = None
-    epochs: tuple[float, ...] | None = None
+    weights: tuple[float | int, ...] | None = None
+    epochs: tuple[float | int, ...] | None = None
     rule: Rule = "megatron"
 
     def __post_init__(self) -> None:
@@ -194,7 +194,7 @@ def _build(
 
 def _by_weights(
     data: Blend,
-    weights: Sequence[float],
+    weights: Sequence[float | int],
     split: int,
     wanted: int | None,
     leaf: Leaf,

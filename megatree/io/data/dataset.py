@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer, Shaped
@@ -11,6 +11,7 @@ Batch = dict[str, np.ndarray]
 """Arrays of one row per sample: `tokens`, `labels` (int64), `weights` (float32), and others."""
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """Samples 0 to len - 1, each the same whoever reads it and whenever."""
 
@@ -45,7 +46,7 @@ def check_ids(name: str, ids: Integer[np.ndarray, " n"], size: int) -> None:
     Raises:
         IndexError: an id is outside 0 to size - 1.
     """
-    if ids.size and not (0 <= ids.min() and ids.max() < size):
+    if ids.size and (ids.min() < 0 or ids.max() >= size):
         bad = ids.min() if ids.min() < 0 else ids.max()
         raise IndexError(
             f"{name}: sample {bad} is not one of {size}. Build the dataset for more samples."

@@ -233,6 +233,4 @@ def gpt_dataset(
         "keep_partial": keep_partial,
     }
     arrays = cache.get(name, key, build) if cache else build()
-    return GPTDataset(
-        source=source, index=GPTIndex(**arrays), options=options, fim=fim, name=name
-    )
+    return GPTDataset(source=source, index=GPTIndex(**arrays), options=options, fim=fim, name=name)

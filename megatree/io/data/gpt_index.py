@@ -24,8 +24,7 @@ class Epochs:
         seq: tokens of a sample.
         extra: tokens that a sample shares with the next one, 1 or 0.
         count: epochs.
-        num_before_last: samples before the last epoch, where that is shuffled on its own; else None.
-        num_samples: in all epochs, partial ones not counted.
+        num_before_last: samples before the last epoch if that is shuffled on its own, else None.
     """
 
     num_tokens: int
@@ -36,6 +35,7 @@ class Epochs:
 
     @property
     def num_samples(self) -> int:
+        """Samples in all epochs, a partial one not counted."""
         return _whole_samples(self.count * self.num_tokens, self.seq, self.extra)
 
 
@@ -77,9 +77,7 @@ def count_epochs(num_tokens: int, *, seq: int, extra: int, num_samples: int | No
         per_epoch = _whole_samples(num_tokens, seq, extra)
         if num_samples - so_far < int(_LAST_EPOCH_SHARE * per_epoch):
             before = so_far
-    return Epochs(
-        num_tokens=num_tokens, seq=seq, extra=extra, count=count, num_before_last=before
-    )
+    return Epochs(num_tokens=num_tokens, seq=seq, extra=extra, count=count, num_before_last=before)
 
 
 def build_gpt_index(
@@ -111,7 +109,7 @@ def build_gpt_index(
     epochs = count_epochs(
         int(lengths.sum(dtype=np.int64)), seq=seq, extra=extra, num_samples=num_samples
     )
-    random = np.random.RandomState(seed)  # noqa: NPY002 (the stream is part of the format)
+    random = np.random.RandomState(seed)  # its stream is part of the format
     documents = _document_index(bounds, epochs, random)
     samples = _sample_index(lengths, documents, bounds[0], epochs, keep_partial=keep_partial)
     return GPTIndex(

@@ -158,7 +158,9 @@ def _parse(path: Path, mapped: mmap.mmap, dtype: np.dtype, s: int, d: int) -> In
     lengths = np.frombuffer(mapped, "<i4", s, at)
     pointers = np.frombuffer(mapped, "<i8", s, at + 4 * s)
     documents = np.frombuffer(mapped, "<i8", d, at + 12 * s)
-    modes = np.frombuffer(mapped, "i1", s, at + 12 * s + 8 * d) if _has_modes(mapped, s, d) else None
+    modes = (
+        np.frombuffer(mapped, "i1", s, at + 12 * s + 8 * d) if _has_modes(mapped, s, d) else None
+    )
     num_bytes = _check_sequences(path, lengths, pointers, dtype.itemsize)
     _check_documents(path, documents, s)
     return Index(

@@ -39,6 +39,11 @@ class IndexedFile:
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
         idx, bin_ = _paths(self.prefix)
+        for path in (idx, bin_):
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path}: is not there. Name the prefix of a pair, without .idx or .bin."
+                )
         self._stamps = {path: _stamp(path) for path in (idx, bin_)}
         index = read_index(idx)
         size = bin_.stat().st_size
@@ -73,9 +78,7 @@ class IndexedFile:
         start = int(self.pointers[sequence]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[sequence])]
 
-    def starts(
-        self, sequences: Integer[np.ndarray, " n"]
-    ) -> Int64[np.ndarray, " n"]:
+    def starts(self, sequences: Integer[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Return the place in `tokens` of the first token of each sequence."""
         return self.pointers[sequences] // self.dtype.itemsize
 
@@ -314,7 +317,7 @@ class IndexedWriter:
             )
 
     def _commit(self) -> None:
-        idx, bin_ = _paths(self.prefix)
+        idx, _ = _paths(self.prefix)
         modes = None if self._modes is None else np.frombuffer(self._modes, np.int8)
         lengths = np.frombuffer(self._lengths, np.int32)
         documents = np.frombuffer(self._documents, np.int64)

@@ -153,7 +153,7 @@ def _targets(short_probability: float, longest: int, seed: int) -> Iterator[int]
     """Yield how many tokens the next sample aims at."""
     ratio = int(1 / short_probability + 0.5) if short_probability > 0 else 0
     # numpy's legacy seeding is that of C++'s mt19937, and a full range is its numbers as they are.
-    random = np.random.RandomState(seed)  # noqa: NPY002
+    random = np.random.RandomState(seed)
     while True:
         if ratio == 0:
             yield longest

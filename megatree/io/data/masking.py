@@ -88,7 +88,7 @@ def choose_spans(
 
 
 def _largest_that_fits(
-    words: list[list[int]], word: int, size: int, budget: float
+    words: list[list[int]], word: int, size: int, budget: float | int
 ) -> list[int] | None:
     for n in range(size, 0, -1):
         span = [position for part in words[word : word + n] for position in part]

@@ -23,7 +23,7 @@ class MockSequences:
     count: int = 100_000
     longest: int = 4096
     prefix: str = "mock data"
-    dtype: np.dtype = np.dtype(np.int64)
+    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.int64))
     lengths: Int32[np.ndarray, " num_sequences"] = field(init=False, repr=False)
     documents: Int64[np.ndarray, " num_bounds"] = field(init=False, repr=False)
     _ends: Int64[np.ndarray, " num_sequences"] = field(init=False, repr=False)

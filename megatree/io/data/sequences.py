@@ -1,25 +1,34 @@
 """What a dataset needs of its token sequences, wherever they come from."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Int64, Integer, Shaped
 
 
+@runtime_checkable
 class Sequences(Protocol):
-    """Numbered token sequences, and flat places that name a token each.
+    """Numbered token sequences, and flat places that name a token each."""
 
-    Attributes:
-        prefix: what a message calls them.
-        dtype: of a token.
-        lengths: tokens of each sequence.
-        documents: sequences before each document, then the number of sequences.
-    """
+    @property
+    def prefix(self) -> str:
+        """What a message calls them."""
+        ...
 
-    prefix: str
-    dtype: np.dtype
-    lengths: Int32[np.ndarray, " num_sequences"]
-    documents: Int64[np.ndarray, " num_bounds"]
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of a token."""
+        ...
+
+    @property
+    def lengths(self) -> Int32[np.ndarray, " num_sequences"]:
+        """Tokens of each sequence."""
+        ...
+
+    @property
+    def documents(self) -> Int64[np.ndarray, " num_bounds"]:
+        """Sequences before each document, then the number of sequences."""
+        ...
 
     @property
     def identity(self) -> str:
@@ -39,11 +48,11 @@ class Sequences(Protocol):
         ...
 
 
-def read_sequences(source: Sequences, first: int, end: int) -> list[list[int]]:
+def read_sequences(source: Sequences, first: int, end: int) -> list[Shaped[np.ndarray, " _"]]:
     """Return the tokens of sequences `first` to `end`."""
     starts = source.starts(np.arange(first, end))
     lengths = source.lengths[first:end].tolist()
     return [
-        source.take(np.arange(start, start + length)).tolist()
+        source.take(np.arange(start, start + length))
         for start, length in zip(starts.tolist(), lengths, strict=True)
     ]

@@ -1,7 +1,7 @@
 """The global order of samples: a function of the seed and the number of consumed samples alone."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
@@ -12,6 +12,7 @@ from megatree.io.data.order import sample_ids
 Columns = Integer[np.ndarray, " t"] | tuple[int, int] | None
 
 
+@runtime_checkable
 class Batches(Protocol):
     """What deals batches by number of consumed samples: a `Stream`, or a `TokenDataset`."""
 

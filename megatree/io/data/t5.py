@@ -1,6 +1,6 @@
 """Samples for T5: a text whose spans are replaced by sentinels, and the spans to write back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Integer
@@ -34,7 +34,7 @@ class T5Options:
     pad: int
     sentinels: tuple[int, ...]
     special: tuple[int, ...] = ()
-    masking: Masking = Masking(max_ngram=10, ngrams="geometric")
+    masking: Masking = field(default_factory=lambda: Masking(max_ngram=10, ngrams="geometric"))
     short_probability: float = 0.1
     seed: int = 1234
 
@@ -138,14 +138,14 @@ class T5Dataset:
         """
         o = self.options
         first, end, target = (int(x) for x in self.index[sample_id])
-        text = sum(read_sequences(self.source, first, end), [])
-        tokens = text[:target]
+        text = np.concatenate(read_sequences(self.source, first, end))
+        tokens = text[:target].tolist()
         spans = choose_spans(
             np.array(tokens, np.int64),
             o.masking,
             target=target,
             special=o.special,
-            random=np.random.RandomState((o.seed + sample_id) % (1 << 32)),  # noqa: NPY002
+            random=np.random.RandomState((o.seed + sample_id) % (1 << 32)),
         )
         encoder: list[int] = []
         decoder = [o.bos]

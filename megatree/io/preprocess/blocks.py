@@ -1,4 +1,4 @@
-"""Cut a stream of bytes into blocks of whole lines, in memory bounded by the longest line allowed."""
+"""A stream of bytes as blocks of whole lines, in memory bounded by the longest line allowed."""
 
 import re
 from collections.abc import Iterator
@@ -84,18 +84,14 @@ def read_blocks(
             if end:
                 data = bytes(memoryview(held)[:end])
                 del held[:end]
-                yield Block(
-                    file=str(path), first_line=line, data=data, position=source.position
-                )
+                yield Block(file=str(path), first_line=line, data=data, position=source.position)
                 line += data.count(b"\n")
             if len(held) > max_line_bytes:
                 length, lines, held = _skip(source, held, unit, block_bytes)
                 yield too_long(str(path), line, length, max_line_bytes)
                 line += lines
         if held:
-            yield Block(
-                file=str(path), first_line=line, data=bytes(held), position=source.position
-            )
+            yield Block(file=str(path), first_line=line, data=bytes(held), position=source.position)
 
 
 def too_long(file: str, line: int, num_bytes: int, max_line_bytes: int) -> BadLine:

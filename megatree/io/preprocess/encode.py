@@ -1,4 +1,4 @@
-"""From a block of documents to arrays of ids: the work of one process, a function of its arguments."""
+"""From a block of documents to arrays of ids: the work of one process, a pure function."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +90,7 @@ def encode_block(recipe: Recipe, form: Format, block: Block | BadLine) -> Encode
         return Encoded(columns=empty, num_documents=0, num_bytes=0, position=0, bad=[block])
     documents: list[tuple[int, Texts]] = []
     bad: list[BadLine] = []
-    for record in _records(recipe, form, block):
+    for record in records_of(recipe, form, block):
         if isinstance(record, BadLine):
             bad.append(record)
         else:
@@ -109,6 +109,23 @@ def encode_block(recipe: Recipe, form: Format, block: Block | BadLine) -> Encode
         position=block.position,
         bad=bad,
     )
+
+
+def records_of(
+    recipe: Recipe, form: Format, block: Block | BadLine
+) -> Iterator[tuple[int, Texts] | BadLine]:
+    """Return (line, texts by key) of the documents of a block, and its bad lines, in order."""
+    if isinstance(block, BadLine):
+        return iter([block])
+    match form:
+        case "jsonl":
+            return json_records(block, recipe.keys, max_line_bytes=recipe.max_line_bytes)
+        case "parquet":
+            return row_records(block, recipe.keys)
+        case "text":
+            return text_records(
+                block, recipe.keys[0], recipe.text_unit, max_line_bytes=recipe.max_line_bytes
+            )
 
 
 def load_once(recipe: Recipe) -> Tokenizer:
@@ -144,7 +161,9 @@ class _Encoder:
 
     def _split(self, texts: list[str]) -> list[str]:
         splitter = self.recipe.splitter
-        return texts if splitter is None else [part for one in texts for part in splitter.split(one)]
+        return (
+            texts if splitter is None else [part for one in texts for part in splitter.split(one)]
+        )
 
     def _column(self, documents: Sequence[Sequence[str]]) -> Column:
         ids = self.tokenizer.encode_batch([text for texts in documents for text in texts])
@@ -172,18 +191,6 @@ def _encoder(recipe: Recipe) -> _Encoder:
         dtype=token_dtype(tokenizer.vocab_size),
         eod=tokenizer.special.need("eod") if recipe.append_eod else None,
     )
-
-
-def _records(recipe: Recipe, form: Format, block: Block) -> Iterator[tuple[int, Texts] | BadLine]:
-    match form:
-        case "jsonl":
-            return json_records(block, recipe.keys, max_line_bytes=recipe.max_line_bytes)
-        case "parquet":
-            return row_records(block, recipe.keys)
-        case "text":
-            return text_records(
-                block, recipe.keys[0], recipe.text_unit, max_line_bytes=recipe.max_line_bytes
-            )
 
 
 def _num_bytes(block: Block) -> int:

@@ -111,9 +111,9 @@ def inspect_pair(prefix: str | os.PathLike[str], *, vocab_size: int | None = Non
             at = start + int(np.argmax((some >= vocab_size) | (some < 0)))
             document = int(np.searchsorted(bounds[file.documents], at, side="right")) - 1
             raise ValueError(
-                f"{file.prefix}.bin: token {at} (document {document}) is {file.tokens[at]}, outside "
-                f"the vocabulary of {vocab_size}. Use the tokenizer that made the pair, or write "
-                "the pair again."
+                f"{file.prefix}.bin: token {at} (document {document}) is {file.tokens[at]}, "
+                f"outside the vocabulary of {vocab_size}. "
+                "Use the tokenizer that made the pair, or write the pair again."
             )
     return Inspection(
         prefix=file.prefix,
@@ -246,7 +246,7 @@ def export(
 
 @lru_cache(maxsize=1)
 def _opened(prefix: str, spec: TokenizerSpec | None) -> tuple[IndexedFile, Tokenizer | None]:
-    return IndexedFile(prefix), spec and load_tokenizer(spec)
+    return IndexedFile(prefix), None if spec is None else load_tokenizer(spec)
 
 
 def _lines_of(prefix: str, spec: TokenizerSpec | None, key: str, start: int) -> bytes:

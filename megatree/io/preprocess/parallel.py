@@ -4,15 +4,19 @@ import functools
 import multiprocessing
 import os
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+_PACKAGE = str(Path(__file__).parents[2])
 _AHEAD = 3  # items in flight per worker: enough that none waits for the slowest before it
 
 
@@ -37,16 +41,40 @@ def ordered_map(fn: Callable[[T], R], items: Iterable[T], *, workers: int) -> It
     return map(fn, items) if workers == 1 else _spread(fn, items, workers)
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """The text of an error that this package raised for the user to mend."""
+
+    text: str
+
+
+def _answer(fn: Callable[[T], R], item: T) -> R | _Refused:
+    try:
+        return fn(item)
+    except ValueError as error:
+        # Raised again by the parent: out of the pool it would look like an error of the pool's.
+        if traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE):
+            return _Refused(str(error))
+        raise
+
+
+def _taken(future: Future[R | _Refused]) -> R:
+    result = future.result()
+    if isinstance(result, _Refused):
+        raise ValueError(result.text)
+    return result
+
+
 def _spread(fn: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     pool = ProcessPoolExecutor(workers, _context(), initializer=_start_worker)
-    waiting: deque[Future[R]] = deque()
+    waiting: deque[Future[R | _Refused]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(fn, item))
+            waiting.append(pool.submit(_answer, fn, item))
             if len(waiting) >= _AHEAD * workers:
-                yield waiting.popleft().result()
+                yield _taken(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _taken(waiting.popleft())
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "workers: one of the processes died; the system may have killed it for want of "

@@ -14,7 +14,7 @@ _PARAGRAPHS = re.compile(rb"\n(?:[ \t\r]*\n)+")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class BadRecord(Exception):
+class RecordError(Exception):
     """A record that gives no document: the kind of the reason, and its words."""
 
     def __init__(self, kind: str, detail: str) -> None:
@@ -33,7 +33,7 @@ def json_records(
             continue
         try:
             yield line, texts_of(parse_line(raw), keys)
-        except BadRecord as bad:
+        except RecordError as bad:
             yield BadLine(file=block.file, line=line, kind=bad.kind, detail=bad.detail)
 
 
@@ -43,7 +43,7 @@ def row_records(block: Block, keys: Sequence[str]) -> Iterator[tuple[int, Texts]
     for row, record in enumerate(block.data, block.first_line):
         try:
             yield row, texts_of(record, keys)
-        except BadRecord as bad:
+        except RecordError as bad:
             yield BadLine(file=block.file, line=row, kind=bad.kind, detail=bad.detail)
 
 
@@ -60,7 +60,7 @@ def text_records(
             continue
         try:
             text = decode(raw)
-        except BadRecord as bad:
+        except RecordError as bad:
             yield BadLine(file=block.file, line=line, kind=bad.kind, detail=bad.detail)
             continue
         if text.strip():
@@ -78,19 +78,19 @@ def parse_line(raw: bytes) -> dict[str, Any]:
     """Return the JSON object that a line spells.
 
     Raises:
-        BadRecord: if it is no UTF-8, no JSON, or no object.
+        RecordError: if it is no UTF-8, no JSON, or no object.
     """
     text = decode(raw)
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadRecord("not JSON", f"not JSON: {error.msg} at character {error.pos}") from error
+        raise RecordError("not JSON", f"not JSON: {error.msg} at character {error.pos}") from error
     except RecursionError as error:
-        raise BadRecord("not JSON", "JSON nested too deeply") from error
+        raise RecordError("not JSON", "JSON nested too deeply") from error
     except ValueError as error:  # a number of thousands of digits
-        raise BadRecord("not JSON", f"not JSON that Python reads: {error}") from error
+        raise RecordError("not JSON", f"not JSON that Python reads: {error}") from error
     if not isinstance(record, dict):
-        raise BadRecord("no object", f"a JSON {type(record).__name__}, not an object with keys")
+        raise RecordError("no object", f"a JSON {type(record).__name__}, not an object with keys")
     return record
 
 
@@ -98,7 +98,7 @@ def texts_of(record: Mapping[str, Any], keys: Sequence[str]) -> Texts:
     """Return the text, or the texts of a list, under each key.
 
     Raises:
-        BadRecord: if a key is missing, or its value is no text or holds a lone surrogate.
+        RecordError: if a key is missing, or its value is no text or holds a lone surrogate.
     """
     return {key: _texts(record, key) for key in keys}
 
@@ -107,27 +107,29 @@ def decode(raw: bytes) -> str:
     """Return bytes as text.
 
     Raises:
-        BadRecord: if they are no UTF-8.
+        RecordError: if they are no UTF-8.
     """
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise BadRecord("not UTF-8", f"not UTF-8: {error.reason} at byte {error.start}") from error
+        raise RecordError(
+            "not UTF-8", f"not UTF-8: {error.reason} at byte {error.start}"
+        ) from error
 
 
 def _texts(record: Mapping[str, Any], key: str) -> list[str]:
     if key not in record:
         has = ", ".join(map(repr, list(record)[:8])) or "none"
-        raise BadRecord("key missing", f"no key {key!r} (it has: {has})")
+        raise RecordError("key missing", f"no key {key!r} (it has: {has})")
     value = record[key]
     texts = value if isinstance(value, list) else [value]
     for text in texts:
         if not isinstance(text, str):
-            raise BadRecord("not text", f"key {key!r} holds {type(text).__name__}, not text")
+            raise RecordError("not text", f"key {key!r} holds {type(text).__name__}, not text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise BadRecord(
+            raise RecordError(
                 "lone surrogate",
                 f"key {key!r} holds a lone surrogate (half of a UTF-16 pair), "
                 f"U+{ord(text[error.start]):04X} at character {error.start}",

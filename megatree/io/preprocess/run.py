@@ -193,8 +193,7 @@ class _Job:
 
     def facts(self) -> dict[str, Any]:
         """All that decides the bytes of the pairs, as far as it can be told without reading."""
-        recipe = asdict(self.recipe)
-        recipe["tokenizer"] = self.tokenizer.identity
+        recipe = {**asdict(self.recipe), "tokenizer": self.tokenizer.identity}
         told = {"recipe": recipe, "on_bad_line": self.on_bad_line}
         return json.loads(json.dumps(told, default=str))
 

@@ -12,8 +12,8 @@ from megatree.io.tokenizers.fast import FastTokenizer
 from megatree.io.tokenizers.identity import require_same_identity
 from megatree.io.tokenizers.plain import ByteTokenizer, NullTokenizer
 from megatree.io.tokenizers.protocol import Tokenizer
-from megatree.io.tokenizers.special import Special
 from megatree.io.tokenizers.spec import TokenizerSpec, load_tokenizer
+from megatree.io.tokenizers.special import Special
 from megatree.io.tokenizers.train import train_tokenizer
 
 __all__ = [

@@ -1,11 +1,12 @@
 """What every tokenizer here does: text to ids, ids to text, and who it is."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from megatree.io.tokenizers.special import Special
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back.
 

@@ -108,9 +108,8 @@ class TokenizerSpec:
     @staticmethod
     def from_json(told: Mapping[str, Any]) -> "TokenizerSpec":
         """Return the spec that `to_json` wrote."""
-        values = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in told.items()
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in told.items()
         }
         for name in ("path", "merges"):
             if values.get(name) is not None:

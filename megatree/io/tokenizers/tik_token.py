@@ -61,10 +61,7 @@ class TiktokenTokenizer:
         ranks = self.encoding.encode(text, allowed_special="all")
         first = self.encoding.n_vocab - len(self.marks)
         own = list(self.marks.values())
-        return [
-            own[rank - first] if rank >= first else rank + self.offset
-            for rank in ranks
-        ]
+        return [own[rank - first] if rank >= first else rank + self.offset for rank in ranks]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""

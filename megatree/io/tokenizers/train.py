@@ -101,7 +101,8 @@ def _wordpiece(texts: Texts, folder: Path, vocab_size: int, lowercase: bool) -> 
             f"train-tokenizer: the texts give {len(vocab)} of {vocab_size} entries. "
             f"Add text, or set vocab_size to {len(vocab)}."
         )
-    _write(folder / "vocab.txt", "".join(f"{entry}\n" for entry in sorted(vocab, key=vocab.get)))
+    entries = sorted(vocab, key=vocab.__getitem__)
+    _write(folder / "vocab.txt", "".join(f"{entry}\n" for entry in entries))
 
 
 def _alphabet(counts: Counter[str]) -> list[str]:

@@ -40,6 +40,8 @@ def from_rows(rows: Sequence[Iterable[Action | str]]) -> Schedule:
         tuple(_action(cells, rank, place) for place in range(len(row)))
         for rank, row in enumerate(cells)
     )
+    if not any(ranks):
+        raise ValueError("schedule: no row names an action. Write one row per rank: F0.0, B0.0.")
     home: dict[int, int] = {}
     for rank, row in enumerate(ranks):
         for place, action in enumerate(row):
@@ -49,11 +51,11 @@ def from_rows(rows: Sequence[Iterable[Action | str]]) -> Schedule:
                     f"rank {home[action.stage]} runs too. Keep a stage on one rank.\n"
                     f"{grid(ranks, [(rank, place)])}"
                 )
-    absent = sorted(set(range(max(home, default=0) + 1)) - set(home))
+    absent = sorted(set(range(max(home) + 1)) - set(home))
     if absent:
         raise ValueError(
             f"schedule: no row names stage {absent[0]}, but there are {len(home)} stages up to "
-            f"{max(home, default=0)}. Number the stages 0, 1, 2 and so on along the model."
+            f"{max(home)}. Number the stages 0, 1, 2 and so on along the model."
         )
     return Schedule(ranks, tuple(home[stage] for stage in sorted(home)))
 

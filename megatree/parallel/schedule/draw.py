@@ -21,8 +21,8 @@ def draw(timeline: Timeline, *, width: int = 100) -> str:
     >>> from megatree.parallel.schedule.fill_drain import one_f_one_b
     >>> from megatree.parallel.schedule.timeline import timeline
     >>> print(draw(timeline(one_f_one_b(2, 3))))
-    rank 0 |F0 F1 .. B0--- F2 B1--- .. B2--- |
-    rank 1 |.. F0 B0--- F1 B1--- F2 B2--- .. |
+    rank 0 |F0 F1 .. .. B0--- F2 B1--- .. B2--- |
+    rank 1 |.. F0 B0--- F1 B1--- F2 B2--- .. .. |
     2 stages on 2 ranks, 3 microbatches: makespan 12, bubble 25.0%, live microbatches at most 2
     """
     names = _names(timeline)

@@ -11,8 +11,9 @@ def interleaved(
 
     Every rank takes microbatches in groups; it passes a group through its first stage, then through
     its second and so on; backwards go through the stages in reverse. Rank r runs
-    2 * (p - 1 - r) + (v - 1) * group forwards before its first backward. Bubble over ideal time:
-    (p - 1) / (m * v). With one virtual stage this is `one_f_one_b`.
+    2 * (p - 1 - r) + (v - 1) * group forwards, then alternates: it holds at most one stage's
+    microbatch more than that. Bubble over ideal time: (p - 1) / (m * v). With one virtual stage
+    this is `one_f_one_b`.
 
     Args:
         num_ranks: pipeline ranks p.

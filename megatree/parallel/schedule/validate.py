@@ -54,20 +54,14 @@ def _check_cells(schedule: Schedule, cells: list[Cell]) -> None:
 
 def _check_once(schedule: Schedule, cells: list[Cell]) -> None:
     if not cells:
-        raise ValueError("schedule: there are no actions. Give every stage an F and a B.")
+        raise ValueError("schedule: there is no action. Give every stage an F and a B.")
     count = Counter(action for _, _, action in cells)
     twice = [c for c in cells if count[c[2]] > 1]
     _refuse(schedule, twice, "is there more than once", "Keep one of them.")
-    missing = [
-        (
-            schedule.stage_rank[action.stage],
-            len(schedule.ranks[schedule.stage_rank[action.stage]]),
-            action,
-        )
-        for action in _complete(schedule)
-        if action not in count
-    ]
-    _refuse(schedule, missing, "is missing", "Add it to the row.")
+    absent = [action for action in _complete(schedule) if action not in count]
+    homes = [schedule.stage_rank[action.stage] for action in absent]
+    ends = [(r, len(schedule.ranks[r]), a) for r, a in zip(homes, absent, strict=True)]
+    _refuse(schedule, ends, "is missing", "Add it to the row.")
 
 
 def _complete(schedule: Schedule) -> Iterator[Action]:
@@ -94,9 +88,9 @@ def _check_live(schedule: Schedule, max_live: int | Sequence[int]) -> None:
     if over:
         rank = over[0][0]
         most = max(now for _, now in held(schedule, rank, size))
-        what = f"exceeds the {bounds[rank]} live microbatches allowed (the rank comes to hold {most:g})"
+        what = f"is one live microbatch more than the {bounds[rank]} allowed"
         last = "W" if schedule.splits else "B"
-        fix = f"Run a {last} before it, or set max_live to {most:g} on rank {rank}."
+        fix = f"Run a {last} before it, or allow rank {rank} the {most:g} that it comes to hold."
         _refuse(schedule, over, what, fix)
 
 

@@ -42,8 +42,9 @@ def zero_bubble_v(num_ranks: int, num_microbatches: int, costs: Costs | None = N
     (the last rank cannot start sooner): the bubble over ideal time is (p - 1) / (6 * m).
 
     The schedule is built by playing it. A rank that falls free takes, of the actions that are
-    ready, a forward before a backward before weight gradients, the outbound stage's first.
-    Two bounds hold an outbound forward back: it leads the inbound ones of its rank by no more than
+    ready, a forward before a backward before weight gradients; of one kind the outbound stage's
+    first, and once the rank's forwards are over the inbound one's, whose gradient has the longer
+    way to go. Two bounds hold an outbound forward back: it leads the inbound ones of its rank by no more than
     the trip between them takes, and it leaves memory for one of them. So the oldest unfinished
     microbatch can always go on, whatever the durations.
 
@@ -101,8 +102,9 @@ class _Play:
 
     def choose(self, rank: int, now: float) -> Action | None:
         out, back = rank, self.num_stages - 1 - rank
+        stages = (out, back) if self.next["F"][back] < self.m else (back, out)
         for kind in KINDS:
-            for stage in (out, back):
+            for stage in stages:
                 action = Action(kind, stage, self.next[kind][stage])
                 if action.microbatch < self.m and self.allowed(action) and self.ready(action, now):
                     return action

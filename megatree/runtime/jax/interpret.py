@@ -18,6 +18,7 @@ from megatree.parallel.bodies import run_body
 from megatree.parallel.comm import move
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.layout import Layout
+from megatree.parallel.lower import Traced
 from megatree.parallel.scoped import factory, scoped_op
 from megatree.parallel.typed import map_structure
 from megatree.parallel.types import ShardType, make_type
@@ -45,13 +46,17 @@ class Interpreter:
 
     def __init__(self, forms: Mapping[Callable[..., Any], Form], lay: Lay = as_given) -> None:
         self.forms, self.lay = forms, lay
+        self.traces: dict[Any, Traced] = {}
 
     def call(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Trace a function of trees of tensors at the shapes of the arrays, and run it on them."""
         leaves, tree = optree.tree_flatten(args)
         leaves = [jnp.asarray(x) for x in leaves]
-        abstract = optree.tree_unflatten(tree, [abstract_of(x) for x in leaves])
-        traced = trace_global(fn, Layout(), *abstract)
+        key = (fn, tree, *map(abstract_of, leaves))
+        if key not in self.traces:
+            abstract = optree.tree_unflatten(tree, key[2:])
+            self.traces[key] = trace_global(fn, Layout(), *abstract)
+        traced = self.traces[key]
         return optree.tree_unflatten(traced.out_tree, list(self.run(traced.graph, leaves)))
 
     def run(self, graph: fx.Graph, inputs: Sequence[Array]) -> tuple[Array, ...]:
@@ -112,7 +117,7 @@ class Interpreter:
         if hasattr(function, "jax_function"):
             return function.jax_function
         if node.meta.get("product") is not None:
-            return lambda *args, **options: contract(node.meta["product"], *_arrays(args, options))
+            return lambda *args, **options: contract(node.meta["product"], *arrays_in((args, options)))
         if function in FORMS:
             return FORMS[function]
         if _is_torch(function):
@@ -183,8 +188,9 @@ def _is_torch(function: Any) -> bool:
     return not isinstance(module, str) or module.split(".")[0] == "torch"
 
 
-def _arrays(args: Any, options: Any) -> list[Array]:
-    return [x for x in jax.tree.leaves((args, options)) if isinstance(x, Array)]
+def arrays_in(tree: Any) -> list[Array]:
+    """Return the arrays among the arguments of a call, in order."""
+    return [x for x in jax.tree.leaves(tree) if isinstance(x, Array)]
 
 
 def _cast(x: Any, ty: ShardType) -> Array:

@@ -78,7 +78,7 @@ def _same(input: Array, *args: Any, **options: Any) -> Array:  # noqa: A002
 
 
 def _filled(value: Any) -> Form:
-    return lambda input, *args, **options: jnp.full_like(input, value)
+    return lambda input, **options: _full_like(input, value)
 
 
 def _full_like(input: Array, fill_value: Any, **options: Any) -> Array:  # noqa: A002

@@ -138,7 +138,7 @@ TABLE = table(
         "log_softmax": _along(jax.nn.log_softmax),
         "cumsum": _along(jnp.cumsum),
         "cumprod": _along(jnp.cumprod),
-        "logcumsumexp": _along(jax.lax.cumlogsumexp),
+        "logcumsumexp": _along(lambda x, axis: jax.lax.cumlogsumexp(x, axis % x.ndim)),
         "sort": _sort,
         "argsort": _argsort,
         "topk": _topk,

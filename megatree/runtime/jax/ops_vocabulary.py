@@ -50,11 +50,13 @@ def _embedding(ids: Array, table: Array) -> Array:
 
 
 def _cross_entropy(logits: Array, labels: Array, *, num_classes: int | None = None) -> Array:
-    logits = wide(logits)[..., :num_classes]
-    ignored = labels == IGNORE
-    label = jnp.where(ignored, 0, labels)[..., None]
-    own = jnp.take_along_axis(logits, label, axis=-1)[..., 0]
-    return jnp.where(ignored, 0, jax.nn.logsumexp(logits, axis=-1) - own)
+    # Masks where one would slice and gather, which a cut vocabulary would have to be whole for.
+    logits = wide(logits)
+    columns = jnp.arange(logits.shape[-1])
+    if num_classes is not None:
+        logits = jnp.where(columns < num_classes, logits, -jnp.inf)
+    own = jnp.sum(jnp.where(columns == labels[..., None], logits, 0), axis=-1)
+    return jnp.where(labels == IGNORE, 0, jax.nn.logsumexp(logits, axis=-1) - own)
 
 
 def _dropout(x: Array, key: int | Array, *, rate: float) -> Array:
