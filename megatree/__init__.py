@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from megatree.runtime.collectives import ProcessComm
     from megatree.runtime.debug import debug
     from megatree.runtime.gradients import value_and_grad
+    from megatree.runtime.jax.arrays import arrays_from_jax, arrays_to_jax
+    from megatree.runtime.jax.from_jax import from_jax
+    from megatree.runtime.jax.to_jax import to_jax
     from megatree.runtime.pieces import load, save
     from megatree.runtime.processes import launch, world_of_group
     from megatree.runtime.step import train_step
@@ -53,6 +56,9 @@ _HOMES = {
     "ProcessComm": "megatree.runtime.collectives",
     "debug": "megatree.runtime.debug",
     "value_and_grad": "megatree.runtime.gradients",
+    **dict.fromkeys(["arrays_from_jax", "arrays_to_jax"], "megatree.runtime.jax.arrays"),
+    "from_jax": "megatree.runtime.jax.from_jax",
+    "to_jax": "megatree.runtime.jax.to_jax",
     **dict.fromkeys(["load", "save"], "megatree.runtime.pieces"),
     **dict.fromkeys(["launch", "world_of_group"], "megatree.runtime.processes"),
     "train_step": "megatree.runtime.step",
@@ -74,8 +80,11 @@ __all__ = [
     "ShardingError",
     "Stack",
     "adamw",
+    "arrays_from_jax",
+    "arrays_to_jax",
     "as_partial",
     "debug",
+    "from_jax",
     "functional",
     "gpt",
     "init",
@@ -91,6 +100,7 @@ __all__ = [
     "save",
     "shard",
     "simulate",
+    "to_jax",
     "train_step",
     "value_and_grad",
     "verify",

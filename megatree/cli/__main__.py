@@ -1,4 +1,4 @@
-"""`python -m megatree.cli`, which is also how torchrun starts it: `torchrun -m megatree.cli train ...`."""
+"""`python -m megatree.cli`, and so `torchrun -m megatree.cli train ...`."""
 
 import sys
 

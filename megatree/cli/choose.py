@@ -1,6 +1,7 @@
 """The first word of a command line: one of a few names, with help for who does not know them."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any, Union
 
@@ -44,8 +45,8 @@ def choose(
         return args[0]
     if args[0].startswith("-"):
         raise ValueError(
-            f"{args[0]}: comes before the {kind}. Type {prog} {kind.upper()} {args[0]} ..., with one "
-            f"of {', '.join(names)}."
+            f"{args[0]}: comes before the {kind}. Type {prog} {kind.upper()} {args[0]} ..., with "
+            f"one of {', '.join(names)}."
         )
     raise ValueError(
         f"{args[0]}: no {kind} is called so{did_you_mean(args[0], names)}. "
@@ -64,9 +65,6 @@ def _print_help(
     for name, text in flags.items():
         fields.append((name, Annotated[bool, tyro.conf.arg(help=text)], field(default=False)))
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    try:
-        tyro.cli(
-            make_dataclass("Names", fields), prog=prog, description=about, args=["-h"], config=config
-        )
-    except SystemExit:
-        return
+    with suppress(SystemExit):
+        made = make_dataclass("Names", fields)
+        tyro.cli(made, prog=prog, description=about, args=["--help"], config=config)

@@ -59,19 +59,22 @@ def _run(directory: str, steps: int) -> int:
     explain(first)
     tokens, entropy = text_entropy()
     console.print(
-        f"The text has {tokens:,} tokens; their unigram entropy is {entropy:.3f} nats: what a model "
-        "that ignores all context would reach."
+        f"The text has {tokens:,} tokens; their unigram entropy is {entropy:.3f} nats: what a "
+        "model that ignores all context would reach.",
+        soft_wrap=True,
     )
     outcome = run_demo(directory, steps=steps, report=show, say=say)
     console.print(Panel(Text(f"{PROMPT}{outcome.sample}"), title="a sample", title_align="left"))
     trained, ended = outcome.phases
+    goal = f"the target is {TARGET}"
+    if not outcome.full:
+        goal = f"too few steps for the target of {TARGET}, which is not checked"
     console.print(
-        f"fixed batch: loss {trained.after:.7f} before the change of mesh, {ended.before:.7f} after "
-        f"(difference {outcome.gap:.1e})"
-    )
-    goal = f"the target is {TARGET}" if outcome.full else f"too few steps for the target of {TARGET}, which is not checked"
-    console.print(
-        f"held-out loss: {ended.valid_loss:.4f} nats per token, {entropy:.3f} without context; {goal}"
+        f"fixed batch: loss {trained.after:.7f} before the change of mesh, "
+        f"{ended.before:.7f} after (difference {outcome.gap:.1e})\n"
+        f"held-out loss: {ended.valid_loss:.4f} nats per token, {entropy:.3f} without context; "
+        f"{goal}",
+        soft_wrap=True,
     )
     console.print(f"{time.monotonic() - began:,.0f} s in all")
     for failure in outcome.failures:

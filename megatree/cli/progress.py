@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 
 def show(kind: str, fields: Mapping[str, Any]) -> None:
@@ -15,19 +16,19 @@ def show(kind: str, fields: Mapping[str, Any]) -> None:
 
 def _start(fields: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"[bold]{fields['params'] / 1e6:,.2f} M parameters[/] in {fields['dtype']} on {fields['mesh']} "
-        f"({_ranks(fields['ranks'])}, {fields['device'].partition(':')[0]})",
-        f"{fields['samples']:,} samples of {fields['seq']:,} tokens, {fields['held_out']:,} held out; "
-        f"{fields['tokens_per_step']:,} tokens per step",
+        f"[bold]{fields['params'] / 1e6:,.2f} M parameters[/] in {fields['dtype']} "
+        f"on {fields['mesh']} ({_ranks(fields['ranks'])}, {fields['device'].partition(':')[0]})",
+        f"{fields['samples']:,} samples of {fields['seq']:,} tokens, "
+        f"{fields['held_out']:,} held out; {fields['tokens_per_step']:,} tokens per step",
     ]
     if fields["resumed"]:
-        lines.append(f"goes on from {fields['resumed']}")
+        lines.append(f"goes on from {escape(fields['resumed'])}")
         lines += [
             f"  {name}: {_shown(new)} (was {_shown(old)})"
             for name, (old, new) in fields["changed"].items()
         ]
     elif fields["directory"]:
-        lines.append(f"starts anew, kept in {fields['directory']}")
+        lines.append(f"starts anew, kept in {escape(fields['directory'])}")
     if fields["step"] >= fields["steps"]:
         lines.append(
             f"is at step {fields['step']} of {fields['steps']} already: nothing left to do. "
@@ -52,7 +53,7 @@ def _eval(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _saved(fields: Mapping[str, Any]) -> list[str]:
-    return [f"step {fields['step']:>6}  saved {fields['path']}  ({fields['ms']:,.0f} ms)"]
+    return [f"step {fields['step']:>6}  saved {escape(fields['path'])}  ({fields['ms']:,.0f} ms)"]
 
 
 _LINES = {"start": _start, "step": _step, "eval": _eval, "saved": _saved}
@@ -63,4 +64,5 @@ def _ranks(number: int) -> str:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)
+    text = " ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)
+    return escape(text)

@@ -129,7 +129,10 @@ def trace(
 def argument_names(fn: Callable[..., Any], count: int) -> list[str]:
     """Return the names of a function's arguments, numbered where it has none."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    named = [p.name for p in inspect.signature(fn).parameters.values() if p.kind in kinds]
+    try:
+        named = [p.name for p in inspect.signature(fn).parameters.values() if p.kind in kinds]
+    except ValueError:  # a builtin, such as torch.tanh
+        named = []
     return [*named, *(f"arg{i}" for i in range(len(named), count))]
 
 

@@ -310,6 +310,11 @@ def _finish(
                 f"{name}: term {term!r} is {', '.join(map(str, types))}. A term is a pair "
                 "(sum, weight) of scalars."
             )
+        if not types[0].grad:
+            raise ShardingError(
+                f"{name}: term {term!r} does not depend on any parameter, so it has no gradient. "
+                "Return it as a metric, beside terms."
+            )
         pairs[term] = (found[0], found[1])
     return Unit(
         name=name,

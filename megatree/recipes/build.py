@@ -21,9 +21,8 @@ def layout_of(mesh: MeshConfig, rules: Mapping[str, tuple[str, ...]]) -> Layout:
         axis: tuple(mesh_axis for mesh_axis in cut_by if mesh.sizes[mesh_axis] > 1)
         for axis, cut_by in rules.items()
     }
-    return Layout(
-        Mesh(**mesh.sizes), Rules(**{axis: cut_by for axis, cut_by in cuts.items() if cut_by})
-    )
+    rules = {axis: cut_by for axis, cut_by in cuts.items() if cut_by}
+    return Layout(Mesh(dp=mesh.dp, tp=mesh.tp), Rules(**rules))
 
 
 def model_of(cfg: RunConfig) -> Chain:

@@ -1,4 +1,4 @@
-"""What a run is: one frozen dataclass per concern, checked against each other before anything starts."""
+"""What a run is: one frozen dataclass per concern, checked against each other."""
 
 import math
 from collections.abc import Mapping
@@ -28,10 +28,12 @@ class MeshConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Mesh axis -> size."""
         return {"dp": self.dp, "tp": self.tp}
 
     @property
     def num_ranks(self) -> int:
+        """The number of processes."""
         return math.prod(self.sizes.values())
 
     def __str__(self) -> str:
@@ -85,7 +87,7 @@ class OptimizerConfig:
 
     Args:
         lr: learning rate after the warm-up.
-        min_lr: learning rate at the last step.
+        min_lr: learning rate that the last steps come down to.
         warmup_steps: steps of the warm-up.
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
@@ -240,8 +242,9 @@ class RunConfig:
             )
         if self.train.eval_every and not self.data.valid_fraction:
             raise ValueError(
-                f"data.valid_fraction: 0 holds nothing out, but train.eval_every is "
-                f"{self.train.eval_every}. Set data.valid_fraction to 0.01, or train.eval_every to 0."
+                "data.valid_fraction: 0 holds nothing out, but train.eval_every is "
+                f"{self.train.eval_every}. Set data.valid_fraction to 0.01, or train.eval_every "
+                "to 0."
             )
 
 
@@ -263,8 +266,8 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], mesh: MeshConfig) -> None:
     for mesh_axis, size in mesh.sizes.items():
         if size > 1 and mesh_axis not in used:
             raise ValueError(
-                f"mesh.{mesh_axis}: {size} ranks, and no rule names {mesh_axis!r}: all would do the "
-                f"same work. Set mesh.{mesh_axis} to 1, or name it in a rule."
+                f"mesh.{mesh_axis}: {size} ranks, and no rule names {mesh_axis!r}: all would do "
+                f"the same work. Set mesh.{mesh_axis} to 1, or name it in a rule."
             )
     sequence = rules.get("seq_res", ())
     if sequence and all(mesh.sizes[mesh_axis] == 1 for mesh_axis in sequence):

@@ -42,7 +42,7 @@ def load_text(cfg: DataConfig) -> Text:
         )
     tokenizer = load_tokenizer(cfg)
     texts = load_demo().texts if cfg.text == "demo" else _read_texts(Path(cfg.text))
-    return Text(texts=texts, tokenizer=tokenizer, eod=_eod(cfg, tokenizer))
+    return Text(texts=texts, tokenizer=tokenizer, eod=end_of_document(cfg, tokenizer))
 
 
 def load_tokenizer(cfg: DataConfig) -> Tokenizer:
@@ -102,7 +102,12 @@ def datasets(cfg: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
     return TokenDataset(tokens=train.tokens, seq=seq, seed=seed), held_out
 
 
-def _eod(cfg: DataConfig, tokenizer: Tokenizer) -> int:
+def end_of_document(cfg: DataConfig, tokenizer: Tokenizer) -> int:
+    """Return the id that ends a document.
+
+    Raises:
+        ValueError: the tokenizer has no such entry.
+    """
     found = tokenizer.token_to_id(cfg.eod)
     if found is None:
         near = did_you_mean(cfg.eod, tokenizer.get_vocab())

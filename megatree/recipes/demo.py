@@ -19,7 +19,7 @@ TARGET = 3.2
 """Nats per token that the held-out loss must reach: far below the unigram entropy, 5.3."""
 
 AGREES = 1e-5
-"""Nats by which a fixed batch's loss may differ between the meshes: float32 sums in other orders."""
+"""Nats by which a fixed batch's loss may differ between meshes: float32 sums in other orders."""
 
 PROMPT = "It is a truth universally acknowledged, that"
 
@@ -84,9 +84,7 @@ def demo_configs(directory: str, steps: int = 0) -> tuple[RunConfig, RunConfig]:
     return first, replace(first, mesh=MeshConfig(dp=2), rules=megatron_rules())
 
 
-def run_demo(
-    directory: str, *, steps: int, report: Report, say: Callable[[str], None]
-) -> Outcome:
+def run_demo(directory: str, *, steps: int, report: Report, say: Callable[[str], None]) -> Outcome:
     """Run the demo with four processes, two at a time.
 
     Args:

@@ -62,7 +62,7 @@ class Job:
     report: Report
 
     def valid_loss(self, num_samples: int) -> float:
-        """Return the loss over so many held-out samples, always the same ones; every rank calls it."""
+        """Return the loss over the first held-out samples; every rank calls it."""
         assert self.held_out is not None, "the config holds nothing out"
         size = self.cfg.train.microbatch
         return evaluate(self.step, self.held_out, num_samples=num_samples, microbatch=size)
@@ -79,6 +79,7 @@ class Job:
             save_every=cfg.checkpoint.every,
             directory=cfg.checkpoint.dir,
         )
+        valid = partial(self.valid_loss, cfg.train.eval_samples)
         progress = train(
             self.step,
             self.progress,
@@ -86,7 +87,7 @@ class Job:
             data=self.data,
             lr=schedule_of(cfg),
             world=self.world,
-            valid=partial(self.valid_loss, cfg.train.eval_samples) if cfg.train.eval_every else None,
+            valid=valid if cfg.train.eval_every else None,
             extra={"config": to_plain(cfg)},
             report=self.report,
         )
@@ -165,7 +166,9 @@ def saved_config(path: str | Path) -> RunConfig:
     """
     extra = load_extra(path)
     if "config" not in extra:
-        raise ValueError(f"{path}: holds no config, so `megatree train` did not write it. Load it in Python.")
+        raise ValueError(
+            f"{path}: holds no config, so `megatree train` did not write it. Load it in Python."
+        )
     return from_plain(extra["config"], f"{path}: config")
 
 
@@ -182,10 +185,10 @@ def check_same_model(path: str, cfg: RunConfig) -> dict[str, Any]:
         if field.startswith("model.") and field.removeprefix("model.") not in MAY_DIFFER
     }
     if wrong:
-        what = ", ".join(f"{field} is {old} there and {new} here" for field, (old, new) in wrong.items())
+        pairs = [f"{field} is {old} there and {new} here" for field, (old, new) in wrong.items()]
         raise ValueError(
-            f"{path}: a checkpoint of another model: {what}. Use the model of the {CONFIG_FILE} "
-            "beside it, or another checkpoint.dir."
+            f"{path}: a checkpoint of another model: {', '.join(pairs)}. Use the model of the "
+            f"{CONFIG_FILE} beside it, or another checkpoint.dir."
         )
     return {field: list(pair) for field, pair in changed.items()}
 

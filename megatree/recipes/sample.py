@@ -9,7 +9,7 @@ import torch
 from megatree.io.checkpoint import latest
 from megatree.recipes.build import layout_of, model_of
 from megatree.recipes.config import MeshConfig, RunConfig
-from megatree.recipes.data import load_tokenizer
+from megatree.recipes.data import end_of_document, load_tokenizer
 from megatree.recipes.job import rank_comm, saved_config
 from megatree.runtime.generate import greedy, load_generator, padded_length, sampling
 from megatree.runtime.processes import current_world
@@ -62,7 +62,7 @@ def sample(
     path, cfg = world.broadcast(world.on_first(lambda: _find(checkpoint)))
     layout = layout_of(mesh, cfg.rules)
     tokenizer = load_tokenizer(cfg.data)
-    eod = tokenizer.token_to_id(cfg.data.eod)
+    eod = end_of_document(cfg.data, tokenizer)
     rows = [tokenizer.encode(prompt).ids or [eod] for prompt in prompts]
     longest = max(map(len, rows)) + how.max_tokens
     seq = padded_length(longest, layout, cfg.model.seq_length)

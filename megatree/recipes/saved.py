@@ -1,4 +1,4 @@
-"""A config as JSON and back: what is saved beside the checkpoints can be read, edited and loaded."""
+"""A config as JSON and back: what is saved beside checkpoints can be read, edited, loaded."""
 
 import json
 import types

@@ -90,13 +90,14 @@ def adamw(
         grads = [g.to(moment.dtype) for g, moment in zip(grads, m, strict=True)]
         # Not grad_scale=: it divides, by a float32, which is no law for float64.
         torch._foreach_mul_(grads, scale)
+        device = targets[0].device
         torch._fused_adamw_(
             targets,
             grads,
             m,
             v,
             [],
-            [torch.full((), step + 1.0, device=targets[0].device)] * len(rows),
+            [torch.full((), step + 1.0, dtype=torch.float32, device=device)] * len(rows),
             lr=lr(step) if callable(lr) else lr,
             beta1=beta1,
             beta2=beta2,

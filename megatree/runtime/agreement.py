@@ -1,4 +1,4 @@
-"""At start, ranks must agree on config, plan, code and data; the first field that differs is named."""
+"""At start, ranks must agree on config, plan, code and data; what differs is named."""
 
 import hashlib
 import re
@@ -43,7 +43,7 @@ def code_version() -> str:
 
 
 def plan_text(program: ModelProgram) -> str:
-    """Return what a rank is about to run, constants included, as text that is equal on all ranks."""
+    """Return what a rank is about to run, constants included, as text: the same on all ranks."""
     parts = [program.explain()]
     parts += [str(part.graph) for part in program.programs()]
     # Graphs spell functions with their addresses, which differ between processes.

@@ -126,13 +126,27 @@ class BoundModel:
         ]
 
     def consts(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the consts of a local microbatch."""
+        """Compute the consts of a local microbatch.
+
+        Raises:
+            ValueError: an entry is missing, too much, or not this rank's piece of what the model
+                was lowered for: counts and offsets of the program are those of its shapes.
+        """
         missing = sorted(set(self.program.model.batch) ^ set(batch))
         if missing:
             raise ValueError(
                 f"batch: has {sorted(batch)}, the model takes {sorted(self.program.model.batch)}. "
                 f"Add or drop {missing}."
             )
+        for name, x in batch.items():
+            ty = self.program.consts.types[f"batch.{name}"]
+            expected = ty.local_shape(self.program.layout.sizes)
+            if tuple(x.shape) != expected or x.dtype != ty.dtype:
+                raise ValueError(
+                    f"batch.{name}: is {x.dtype} {list(x.shape)}, this rank's piece of {ty} is "
+                    f"{ty.dtype} {list(expected)}. Cut the microbatch by the layout, or lower the "
+                    "model for other sizes (Chain.with_sizes)."
+                )
         with torch.no_grad():
             flat = self._consts(*optree.tree_leaves(dict(batch)))
         return dict(zip(self.program.const_names, flat, strict=True))

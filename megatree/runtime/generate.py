@@ -75,7 +75,7 @@ class Generator:
 
     def _next(self, rows: Tensor, lengths: Tensor, number: int, choose: Choose) -> list[int]:
         logits = self.logits(rows, lengths - 1)
-        # One rank decides for all: a choice between logits that differ in the last bit would differ.
+        # One rank decides for all: logits may differ in the last bit, and so would choices.
         mine = choose(logits, number).tolist() if self.world.rank == 0 else None
         return self.world.broadcast(mine)
 
@@ -132,7 +132,7 @@ def greedy(logits: Tensor, number: int) -> Tensor:
 
 
 def sampling(*, temperature: float, seed: int) -> Choose:
-    """Return a choice with probability softmax(logits / temperature), by (seed, number, row, token).
+    """Return draws with probability softmax(logits / temperature), by (seed, number, row, token).
 
     Raises:
         ValueError: the temperature is not positive.
@@ -179,9 +179,7 @@ def _check_prompts(
         )
 
 
-def _leaves(
-    program: ModelProgram, groups: Sequence[Group], buffers: dict[str, Tensor]
-) -> Leaves:
+def _leaves(program: ModelProgram, groups: Sequence[Group], buffers: dict[str, Tensor]) -> Leaves:
     """Return the parameters of every unit and layer as views of the buffers."""
     table = {
         (leaf.path, layer): view

@@ -74,6 +74,11 @@ class Gradients:
         """Compute the consts of every microbatch and the terms' weights over the whole step."""
         consts = [bound.consts(batch) for batch in microbatches]
         keys = bound.term_keys
+        if not keys:
+            raise ValueError(
+                f"step: no segment of {sorted(bound.program.units)} has a loss term. "
+                'Return {"terms": {name: (sum, weight)}} from one of them.'
+            )
         weights = self._total([bound.weights(c) for c in consts], keys, 1)
         empty = sorted({key[2] for key, weight in weights.items() if not weight.item() > 0})
         if empty:

@@ -24,7 +24,7 @@ _GRACE = 0.3
 """Seconds to wait for other reports: peers of a dead rank fail too, sometimes before it is seen."""
 
 
-class RankFailed(RuntimeError):
+class RankFailed(RuntimeError):  # noqa: N818 (it says what happened)
     """A process of the job raised or died; the message starts with its traceback.
 
     Args:

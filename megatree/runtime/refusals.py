@@ -10,7 +10,7 @@ def refusal(error: BaseException) -> str | None:
     """Return the message of an error that a user can cause and mend, None for a bug.
 
     These are errors of the operating system, and a ValueError that a `raise` in this package made;
-    one from elsewhere (a library, an unpacking, a strict zip) is a bug of ours until shown otherwise.
+    one from elsewhere (a library, an unpacking, a strict zip) is a bug until shown otherwise.
     """
     if isinstance(error, OSError):
         return str(error)

@@ -1,4 +1,4 @@
-"""The training loop: batches by consumed samples, evaluation, checkpoints, and going on from one."""
+"""The training loop: batches by consumed samples, evaluation, checkpoints, going on from one."""
 
 import math
 import time
@@ -24,16 +24,21 @@ Report = Callable[[str, Mapping[str, Any]], None]
 class Samples(Protocol):
     """Samples in an order that depends on the number consumed only (see `TokenDataset`)."""
 
-    seq: int
+    @property
+    def seq(self) -> int:
+        """Tokens in a row."""
+        ...
 
     @property
     def identity(self) -> str:
         """Digest of all that decides the samples and their order."""
+        ...
 
     def batch(
         self, consumed: int, num_samples: int, *, rows: tuple[int, int] | None = None
     ) -> Mapping[str, Any]:
         """Return rows of the samples that follow the first `consumed` ones."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,7 @@ def answer(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str
     try:
         code = main(list(argv))
     except SystemExit as end:
-        assert isinstance(end.code, int)
-        code = end.code
+        code = int(end.code or 0)
     out, err = capfd.readouterr()
     return code, out, err
 
@@ -131,7 +130,7 @@ def test_a_refusal_is_one_message_and_code_2(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["train", "demo", "--train.step", "3"], ["Unrecognized options: --train.step", "--train.steps"]),
+        (["train", "demo", "--train.step", "3"], ["options: --train.step,", "--train.steps"]),
         (["train", "demo", "--dtype", "float12"], ["invalid choice 'float12'", "'bfloat16'"]),
         (["train", "demo", "--train.steps", "many"], ["--train.steps", "many"]),
         (["train", "demo", "--optimizer.betas", "0.9"], ["--optimizer.betas", "Expected 2"]),

@@ -153,7 +153,11 @@ TORCH: dict[str, list[Case]] = {
     "mv": [plain(X, ROW)],
     "dot": [plain(ROW, real(6))],
     "outer": [plain(ROW, real(4))],
-    "linear": [plain(X, real(8, 6)), plain(X, real(8, 6), real(8)), plain(real(2, 4, 6), real(2, 6))],
+    "linear": [
+        plain(X, real(8, 6)),
+        plain(X, real(8, 6), real(8)),
+        plain(real(2, 4, 6), real(2, 6)),
+    ],
     # -- reductions
     **_same(
         "sum mean",
@@ -215,7 +219,10 @@ TORCH: dict[str, list[Case]] = {
         called(lambda f, x, y: f([x, y], axis=1), X, Y),
     ],
     "chunk": [called(lambda f, x: tuple(f(x, 2, 1)), X)],
-    "split": [called(lambda f, x: tuple(f(x, 2)), X), called(lambda f, x: tuple(f(x, [2, 4], 1)), X)],
+    "split": [
+        called(lambda f, x: tuple(f(x, 2)), X),
+        called(lambda f, x: tuple(f(x, [2, 4], 1)), X),
+    ],
     "tensor_split": [called(lambda f, x: tuple(f(x, 3, dim=1)), X)],
     "unbind": [plain(X), called(lambda f, x: tuple(f(x, 1)), X)],
     "narrow": [called(lambda f, x: f(x, 1, 2, 3), X)],
@@ -244,10 +251,23 @@ TORCH: dict[str, list[Case]] = {
     "scalar_tensor": [called(lambda f, x: x * f(3.0), X)],
     "tril_indices": [called(lambda f, n: n[:, :1] + f(4, 4)[0, :1], NUMBERS)],
 }
-"""Name of a torch function -> its calls; the same for every spelling (torch.add, Tensor.__add__)."""
+"""Name of a torch function -> its calls, for all spellings (torch.add, Tensor.__add__)."""
 
-RANDOM = """rand randn randint randperm normal rand_like randn_like randint_like bernoulli multinomial
-dropout alpha_dropout feature_dropout""".split()
+RANDOM = [
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "normal",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "bernoulli",
+    "multinomial",
+    "dropout",
+    "alpha_dropout",
+    "feature_dropout",
+]
 UNINITIALISED = ["empty", "empty_like"]
 
 
@@ -284,7 +304,10 @@ VOCABULARY: dict[str, list[Case]] = {
     **_same("softmax log_softmax", plain(X), called(lambda f, x: f(x, dim=0), X)),
     **_same("sum mean", plain(X), called(lambda f, x: f(x, dim=0, keepdim=True), X)),
     "top_k": [called(lambda f, x: f(x, 2), X)],
-    "rope": [plain(real(2, 4, 2, 6), TABLE), plain(real(2, 4, 2, 2, 6), torch.stack([TABLE, TABLE]))],
+    "rope": [
+        plain(real(2, 4, 2, 6), TABLE),
+        plain(real(2, 4, 2, 2, 6), torch.stack([TABLE, TABLE])),
+    ],
     "rope_table": [called(lambda f, p: f(p, 4), PLACES)],
     "attention": [
         plain(Q, K, V),
@@ -305,4 +328,3 @@ def name_of(function: Any) -> str:
     if name == "__get__":
         name = function.__self__.__name__
     return name.strip("_").removeprefix("special_")
-

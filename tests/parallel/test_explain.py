@@ -17,7 +17,14 @@ from tests.golden_files import assert_golden
 
 TP = Rules(batch="dp", kv_heads="tp", ffn="tp", vocab="tp")
 SMALL = GPTConfig(
-    vocab_size=512, seq_length=256, num_layers=4, embed=128, kv_heads=2, group=2, head_dim=32, ffn=384
+    vocab_size=512,
+    seq_length=256,
+    num_layers=4,
+    embed=128,
+    kv_heads=2,
+    group=2,
+    head_dim=32,
+    ffn=384,
 )
 
 
@@ -31,7 +38,11 @@ def without_lines(text: str) -> str:
     [
         ("block_tp2_sp", Layout(Mesh(tp=2), TP.updated(seq_res="tp")), ["blocks.dense"]),
         ("block_dp2_tp2", Layout(Mesh(dp=2, tp=2), TP), ["blocks.dense"]),
-        ("ends_dp2_tp2_sp", Layout(Mesh(dp=2, tp=2), TP.updated(seq_res="tp")), ["embed", "head", "loss"]),
+        (
+            "ends_dp2_tp2_sp",
+            Layout(Mesh(dp=2, tp=2), TP.updated(seq_res="tp")),
+            ["embed", "head", "loss"],
+        ),
     ],
 )
 def test_golden_plans(name: str, layout: Layout, units: list[str]) -> None:
@@ -74,8 +85,14 @@ def test_collectives_have_a_line_a_phase_and_bytes() -> None:
 
 def test_explain_shows_both_directions_of_a_transition() -> None:
     text = PROGRAM.explain()
-    assert re.search(r"test_explain\.py:\d+ +> psum\(tp\) \| - +\[256 B\] +float32\[8/dp, 16\]$", text, re.M)
-    assert re.search(r"test_explain\.py:\d+ +> - \| psum\(tp\) +\[256 B\] +float32\[8/dp, 16\] R\(tp\)$", text, re.M)
+    assert re.search(
+        r"test_explain\.py:\d+ +> psum\(tp\) \| - +\[256 B\] +float32\[8/dp, 16\]$", text, re.M
+    )
+    assert re.search(
+        r"test_explain\.py:\d+ +> - \| psum\(tp\) +\[256 B\] +float32\[8/dp, 16\] R\(tp\)$",
+        text,
+        re.M,
+    )
     assert "gradient sync over dp: up, down" in text
     assert text.startswith("mlp on dp=2 tp=4\n")
     assert text.endswith("returns float32[8/dp, 16]")

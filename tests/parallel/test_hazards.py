@@ -1,4 +1,4 @@
-"""What would silently go wrong in a traced function: each an error that names the line and the fix."""
+"""What would silently go wrong in a trace: each an error that names the line and the fix."""
 
 import contextlib
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Double(torch.autograd.Function):
         return x * 2
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
         return g * 2
 
 
@@ -72,7 +72,9 @@ def attribute(x: Tensor) -> Tensor:
     return x
 
 
-PYTHON = r"a value flows into Python here, where every rank has only its part\. Use torch\.where or a"
+PYTHON = (
+    r"a value flows into Python here, where every rank has only its part\. Use torch\.where or a"
+)
 IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
 
 
@@ -81,7 +83,8 @@ IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
     [
         (
             lambda x: Double.apply(x),
-            r"mul: a torch\.autograd\.Function is applied to a typed tensor; its own backward would "
+            r"mul: a torch\.autograd\.Function is applied to a typed tensor; its own backward "
+            r"would "
             r"be lost\. Declare the function that applies it with @op\(",
         ),
         (
@@ -92,7 +95,8 @@ IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
         (under(torch.inference_mode), r"mul: a context of no_grad is active"),
         (
             under(lambda: torch.autocast("cpu", torch.bfloat16)),
-            r"mul: a context of autocast is active, .* Cast with F\.cast, or give parameters a dtype\.",
+            r"mul: a context of autocast is active, .* Cast with F\.cast, or give parameters a "
+            r"dtype\.",
         ),
         (
             under(lambda: sdpa_kernel(SDPBackend.MATH)),
@@ -100,7 +104,8 @@ IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
         ),
         (
             lambda x: x + OUTSIDE,
-            r"add: mixes a plain tensor \[8\] with a typed one \(float32\[4/dp, 6, 8\]\); whether it "
+            r"add: mixes a plain tensor \[8\] with a typed one \(float32\[4/dp, 6, 8\]\); whether "
+            r"it "
             r"is whole or a shard cannot be known\. Pass it as an input, or make it inside",
         ),
         (lambda x: x * x.sum().item(), "item: " + PYTHON),
@@ -149,11 +154,15 @@ IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
         ),
         (lambda x: x.grad, "no sharding rule for grad "),
         (lambda x: torch.where(x > 0), r"where\(condition\): the result's shape depends on data"),
-        (lambda x: x[[0, 1]], r"indexing float32\[4/dp, 6, 8\] with a tensor or list has no sharding"),
+        (
+            lambda x: x[[0, 1]],
+            r"indexing float32\[4/dp, 6, 8\] with a tensor or list has no sharding",
+        ),
         (lambda x: x[x > 0], r"indexing float32\[4/dp, 6, 8\] with a tensor or list"),
         (
             lambda x: torch.func.grad(lambda y: (y * y).sum())(x),
-            r"mul\.default: a torch\.func transform \(grad, vmap, jvp\) is applied to a typed tensor",
+            r"mul\.default: a torch\.func transform \(grad, vmap, jvp\) is applied to a typed "
+            r"tensor",
         ),
         (lambda x: torch.func.vmap(lambda y: y * 2)(x), r"mul\.default: a torch\.func transform"),
         (
@@ -164,17 +173,20 @@ IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
         ),
         (
             lambda x: x.unflatten(0, (1, 4)).unflatten(1, (1, 4)).flatten(0, 2).view(4, 48)[:2],
-            r"getitem: operand 0 \(float32\[4/dp, 48\]\) is cut on dim 0 over \('dp',\), and the op "
+            r"getitem: operand 0 \(float32\[4/dp, 48\]\) is cut on dim 0 over \('dp',\), and the "
+            r"op "
             r"needs that dim whole\. Insert shard\(x, \.\.\.\) with a whole axis there\.",
         ),
         (
             lambda x: torch.softmax(x, 0),
-            r"softmax: operand 0 \(float32\[4/dp, 6, 8\]\) is cut on dim 0 over \('dp',\), and the op "
+            r"softmax: operand 0 \(float32\[4/dp, 6, 8\]\) is cut on dim 0 over \('dp',\), and the "
+            r"op "
             r"needs that dim whole\.",
         ),
         (
             lambda x: x.reshape(-1).view(torch.int32),
-            r"view: reads the bytes of float32\[192/dp\] as torch\.int32, which has no sharding rule",
+            r"view: reads the bytes of float32\[192/dp\] as torch\.int32, which has no sharding "
+            r"rule",
         ),
         (
             lambda x: shard(x, "batch seq"),
@@ -188,7 +200,8 @@ IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
         ),
         (
             lambda x: as_partial(x, "batch"),
-            r"as_partial: float32\[4/dp, 6, 8\] is cut over 'dp'\. shard\(x, \.\.\.\) it whole first\.",
+            r"as_partial: float32\[4/dp, 6, 8\] is cut over 'dp'\. shard\(x, \.\.\.\) it whole "
+            r"first\.",
         ),
         (
             lambda x: F.attention(*[x[..., None, None]] * 3, scale=x.mean()),
@@ -200,7 +213,8 @@ IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
         ),
         (
             lambda x: torch.einsum("...d,...d->...", x, x.sum(1)),
-            r"einsum '\.\.\.d,\.\.\.d->\.\.\.': operands have \[3, 2\] dims\. Give every dim a label",
+            r"einsum '\.\.\.d,\.\.\.d->\.\.\.': operands have \[3, 2\] dims\. Give every dim a "
+            r"label",
         ),
         (
             lambda x: F.linear(x, x),
@@ -217,8 +231,11 @@ def test_what_a_trace_cannot_hold_is_refused(fn: Callable, text: str) -> None:
 
 SUM = r"The sum was created at parallel/test_hazards\.py:\d+ \(einsum 'b t f, f d -> b t d'\)\. "
 NOT_LINEAR = (
-    r"operand {} \(float32\[4/dp, 6, 8\] P\(tp\)\) is a pending sum over mesh axis 'tp', and the op "
-    r"is not linear in it here\. " + SUM + r"Insert shard\(x, \.\.\.\) between the two, so that the "
+    r"operand {} \(float32\[4/dp, 6, 8\] P\(tp\)\) is a pending sum over mesh axis 'tp', and the "
+    r"op "
+    r"is not linear in it here\. "
+    + SUM
+    + r"Insert shard\(x, \.\.\.\) between the two, so that the "
     r"sum is finished\."
 )
 
@@ -261,7 +278,8 @@ NOT_LINEAR = (
         ),
         (
             lambda h, w, b: torch.nn.functional.linear(h, w.t(), b),
-            r"linear: the contracted dim of float32\[4/dp, 6, 12/tp\] is cut over \('tp',\), so the "
+            r"linear: the contracted dim of float32\[4/dp, 6, 12/tp\] is cut over \('tp',\), so "
+            r"the "
             r"product is a pending sum and the bias would be added once per rank\. "
             r"Add the bias after shard\(product, \.\.\.\)\.",
         ),
@@ -289,8 +307,10 @@ def test_the_error_names_the_line_that_made_the_sum_and_the_line_that_used_it() 
 def test_operands_must_agree_on_a_dim() -> None:
     with pytest.raises(
         ShardingError,
-        match=HERE + r"mul: dim '2' is cut over \('tp',\) in operand 0 \(float32\[4/dp, 6, 12/tp\]\) "
-        r"and over nothing in operand 1 \(float32\[12\]\)\. Lay both out alike with shard\(x, \.\.\.\) "
+        match=HERE
+        + r"mul: dim '2' is cut over \('tp',\) in operand 0 \(float32\[4/dp, 6, 12/tp\]\) "
+        r"and over nothing in operand 1 \(float32\[12\]\)\. Lay both out alike with shard\(x, "
+        r"\.\.\.\) "
         r"or in rules\.",
     ):
         low(lambda h: h * torch.arange(12.0), H)
@@ -299,7 +319,9 @@ def test_operands_must_agree_on_a_dim() -> None:
 def test_a_mean_divides_by_the_global_count_and_local_counts_are_refused() -> None:
     """Section 7, row 2: a quotient of two sums would be the mean of one rank's tokens."""
     low(lambda x: x.mean())
-    with pytest.raises(ShardingError, match=HERE + r"div: operand 0 \(float32\[\] P\(dp\)\) is a pending"):
+    with pytest.raises(
+        ShardingError, match=HERE + r"div: operand 0 \(float32\[\] P\(dp\)\) is a pending"
+    ):
         low(lambda x: x.sum() / torch.ones_like(x).sum())
 
 
@@ -311,7 +333,8 @@ def test_a_typed_tensor_is_useless_after_its_trace() -> None:
     low(lambda x: (kept.append(x), x)[1])
     with pytest.raises(
         ShardingError,
-        match=HERE + r"mul: a typed tensor is used outside the trace it belongs to \(a body that closes "
+        match=HERE
+        + r"mul: a typed tensor is used outside the trace it belongs to \(a body that closes "
         r"over it, or code after the trace\)\. Pass it as an operand\.",
     ):
         kept[0] * 2
@@ -320,7 +343,9 @@ def test_a_typed_tensor_is_useless_after_its_trace() -> None:
 def test_a_typed_tensor_of_another_trace_is_refused() -> None:
     kept = []
     low(lambda x: (kept.append(x), x)[1])
-    with pytest.raises(ShardingError, match=HERE + r"add: a typed tensor is used outside the trace"):
+    with pytest.raises(
+        ShardingError, match=HERE + r"add: a typed tensor is used outside the trace"
+    ):
         low(lambda x: x + kept[0])
 
 
@@ -328,8 +353,11 @@ def test_a_typed_tensor_of_another_trace_is_refused() -> None:
     ("result", "text"),
     [
         (lambda x: (x, 1.0), r"<lambda>: returns 1\.0, which does not follow from its"),
-        (lambda x: OUTSIDE, r"<lambda>: returns a plain tensor \[8\], which does not follow from its "
-                            r"inputs\. Return values computed from the arguments\."),
+        (
+            lambda x: OUTSIDE,
+            r"<lambda>: returns a plain tensor \[8\], which does not follow from its inputs\. "
+            r"Return values computed from the arguments\.",
+        ),
     ],
 )  # fmt: skip
 def test_a_result_that_no_input_made_is_refused(result: Callable, text: str) -> None:

@@ -41,7 +41,9 @@ def test_boxes_cover_every_element_once(axes: tuple[str, ...]) -> None:
         seen[a:b, c:d] += 1
     assert seen.unique().tolist() == [1.0]
     first = {"dp": 0, "cp": 0, "tp": 1}
-    piece = cut(torch.arange(32).view(shape), layout.spec(leaf.names, shape, "x"), MESH.sizes, first)
+    piece = cut(
+        torch.arange(32).view(shape), layout.spec(leaf.names, shape, "x"), MESH.sizes, first
+    )
     assert piece[0].tolist() == ([2, 3] if axes == ("cp", "tp") else [4, 5])
 
 

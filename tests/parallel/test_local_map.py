@@ -31,7 +31,9 @@ LAYOUTS = {
 
 
 def real(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
+    return torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape))
+    )
 
 
 def every_primitive(comm: Any, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -99,7 +101,10 @@ def test_the_flavour_without_r_is_declare_p_then_shard() -> None:
         lambda comm, x: x.sum(0), in_axes=("seq embed",), out_axes=Out("embed", partial=("seq",))
     )
     ran = assert_like_one_device(
-        lambda x: shard(body(x), "embed").square(), LAYOUTS["two axes"], [real(8, 4)], ("seq embed",)
+        lambda x: shard(body(x), "embed").square(),
+        LAYOUTS["two axes"],
+        [real(8, 4)],
+        ("seq embed",),
     )
     assert (ran.program.counts("forward"), ran.program.counts("backward")) == ({"psum": 1}, {})
 
@@ -140,7 +145,8 @@ def test_a_body_may_draw_its_output_shape_from_data() -> None:
     unknown = local_map(keep_positive, in_axes=("seq embed",), out_axes="seq found", static=False)
     with pytest.raises(
         ShardingError,
-        match=HERE + r"local_map keep_positive: output 0 has axes \['found'\] of unknown size\. With "
+        match=HERE
+        + r"local_map keep_positive: output 0 has axes \['found'\] of unknown size\. With "
         r"static=False name output dims by axes of the operands\.",
     ):
         simulate(unknown, layout, real(8, 4), axes=("seq embed",))
@@ -177,7 +183,11 @@ P_OUT, R_OUT = Out("embed", partial=("seq",)), Out("embed", replicated=("seq",))
     ("body", "declared", "text"),
     [
         (total, P_OUT, r"result \(\): off by 1;"),
-        (own_sum, R_OUT, r"result 0: float64\[4\] should be the same over \['cp'\], but the copy at"),
+        (
+            own_sum,
+            R_OUT,
+            r"result 0: float64\[4\] should be the same over \['cp'\], but the copy at",
+        ),
     ],
 )
 def test_a_wrong_declaration_shows_in_the_values(body: Callable, declared: Out, text: str) -> None:
@@ -197,12 +207,10 @@ def test_a_gradient_that_skips_its_sum_shows() -> None:
             return comm.psum(x.sum(0), "seq")
 
         @staticmethod
-        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
             return g.expand(ctx.rows, -1), None
 
-    wrong = local_map(
-        lambda comm, x: Lazy.apply(x, comm), in_axes=("seq embed",), out_axes=R_OUT
-    )
+    wrong = local_map(lambda comm, x: Lazy.apply(x, comm), in_axes=("seq embed",), out_axes=R_OUT)
     with pytest.raises(AssertionError, match=r"1 of 2 leaves: gradient 0 \(\): off by 0\.707"):
         assert_like_one_device(wrong, LAYOUTS["one axis"], [real(8, 4)], ("seq embed",))
 
@@ -219,8 +227,10 @@ def low(body: Callable[..., Any], layout: Layout = LAYOUTS["one axis"], **declar
         (
             own_sum,
             {"out_axes": "embed"},
-            r"local_map own_sum: output 0 \('embed'\) does not say what it is over mesh axis 'cp', on "
-            r"which an input or another output varies\. Name the logical axis in the output's dims, "
+            r"local_map own_sum: output 0 \('embed'\) does not say what it is over mesh axis 'cp', "
+            r"on "
+            r"which an input or another output varies\. Name the logical axis in the output's "
+            r"dims, "
             r"in Out\(partial=\.\.\.\) or in Out\(replicated=\.\.\.\)\.",
         ),
         (
@@ -249,13 +259,15 @@ def low(body: Callable[..., Any], layout: Layout = LAYOUTS["one axis"], **declar
         (
             lambda comm, x: comm.psum(x, "sequence"),
             {},
-            r".*comm: 'sequence' is not an axis of this body \(it has embed, seq\)\. Name it in in_axes, "
+            r".*comm: 'sequence' is not an axis of this body \(it has embed, seq\)\. Name it in "
+            r"in_axes, "
             r"out_axes or over\.",
         ),
         (
             lambda comm, x: x,
             {"in_axes": ("_ embed",)},
-            r"local_map <lambda>: operand 0 is float64\[8/cp, 4\], declared '_ embed' = \(\(\), \(\)\)\. "
+            r"local_map <lambda>: operand 0 is float64\[8/cp, 4\], declared '_ embed' = \(\(\), "
+            r"\(\)\)\. "
             r"shard\(x, '_ embed'\) it first\.",
         ),
         (
@@ -273,13 +285,15 @@ def low(body: Callable[..., Any], layout: Layout = LAYOUTS["one axis"], **declar
         (
             lambda comm, x: PRIMITIVES(x[None], x[0])[0][0],
             {},
-            r"local_map every_primitive inside a local_map body, where it would run as on one device\. "
+            r"local_map every_primitive inside a local_map body, where it would run as on one "
+            r"device\. "
             r"Call its body with this body's comm\.",
         ),
         (
             lambda comm, x: F.dropout(x, 7, rate=0.5),
             {},
-            r"dropout inside a local_map body draws its mask by local index: the same mask on every "
+            r"dropout inside a local_map body draws its mask by local index: the same mask on "
+            r"every "
             r"shard\. Apply dropout outside the body\.",
         ),
     ],
@@ -303,7 +317,9 @@ def test_a_body_that_closes_over_a_typed_tensor_is_refused() -> None:
     def fn(x: Tensor) -> Tensor:
         return local_map(lambda comm, y: y + x, in_axes=("seq embed",), out_axes="seq embed")(x)
 
-    with pytest.raises(ShardingError, match=r"a typed tensor is used outside the trace it belongs to"):
+    with pytest.raises(
+        ShardingError, match=r"a typed tensor is used outside the trace it belongs to"
+    ):
         lower_on_seq(fn)
 
 
@@ -311,16 +327,15 @@ def test_a_pending_sum_does_not_enter_a_body() -> None:
     body = local_map(lambda comm, y: y * y, in_axes=("embed",), out_axes=R_OUT)
     with pytest.raises(
         ShardingError,
-        match=r"local_map <lambda>: operand 0 \(float32\[4\] P\(cp\)\) is a pending sum over mesh axis "
+        match=r"local_map <lambda>: operand 0 \(float32\[4\] P\(cp\)\) is a pending sum over mesh "
+        r"axis "
         r"'cp'\. Insert shard\(x, \.\.\.\) before the body\.",
     ):
         lower_on_seq(lambda x: body(x.sum(0)))
 
 
 def test_a_plain_operand_is_refused() -> None:
-    body = local_map(
-        lambda comm, x, y: x + y, in_axes=("seq embed", "embed"), out_axes="seq embed"
-    )
+    body = local_map(lambda comm, x, y: x + y, in_axes=("seq embed", "embed"), out_axes="seq embed")
     with pytest.raises(ShardingError, match=r"mixes a plain tensor \[4\] with a typed one"):
         lower_on_seq(lambda x: body(x, PLAIN))
 
@@ -346,7 +361,7 @@ class SumOnFirst(torch.autograd.Function):
         return x * 2
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return (ctx.comm.psum(g, "seq") if ctx.comm.axis_index("seq") == 0 else g), None
 
 
@@ -367,7 +382,8 @@ def other_kind(comm: Any, x: Tensor) -> Tensor:
         ),
         (
             other_kind,
-            r"mismatched collectives in group \[0, 1\], call 1: rank 0: ppermute\(cp\)\(\(4, 4\), 1\), "
+            r"mismatched collectives in group \[0, 1\], call 1: rank 0: ppermute\(cp\)\(\(4, 4\), "
+            r"1\), "
             r"rank 1: psum\(cp\)\(4, 4\)\.",
         ),
         (

@@ -97,7 +97,8 @@ def test_a_split_of_a_split_keeps_all_ranks(mesh: Mesh) -> None:
         ),
         (
             lambda: Mesh(dp=2, tp=4).refine(tp=2),
-            r"refine\(tp=2\): the mesh has an axis 'tp' already\. Give the part a name of its own\.",
+            r"refine\(tp=2\): the mesh has an axis 'tp' already\. Give the part a name of its "
+            r"own\.",
         ),
     ],
 )

@@ -66,13 +66,15 @@ def collective(forward: Callable | None, backward: Callable | None) -> Callable[
             return x.view_as(x) if forward is None else forward(x)
 
         @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
             return g if backward is None else backward(g.contiguous())
 
     return Function.apply
 
 
-def by_hand(comm: OneOfTwo, *, sequence: bool) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+def by_hand(
+    comm: OneOfTwo, *, sequence: bool
+) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
     """Write a Llama block for one rank of Megatron's tensor parallelism, with f and g."""
     if sequence:
         enter = collective(

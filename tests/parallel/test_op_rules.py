@@ -1,4 +1,4 @@
-"""Every op against one device: each placement that its rule allows gives the same values and gradients."""
+"""Every op on every placement that its rule allows: values and gradients of one device."""
 
 import inspect
 from collections.abc import Iterable, Iterator
@@ -68,7 +68,7 @@ def cases() -> Iterator[tuple[str, list[Any], Case]]:
 
 
 def test_every_op_is_exact_wherever_its_rule_allows_it() -> None:
-    """The file is the reference of what every rule allows; a rule that refuses more moves it too."""
+    """The file is the reference of what every rule allows; one that refuses more moves it too."""
     rows: dict[str, dict[str, set[str]]] = {}
     for name, functions, case in cases():
         try:
@@ -90,19 +90,19 @@ def test_every_spelling_of_an_op_has_the_same_rule() -> None:
     """torch.add, Tensor.add and Tensor.__add__ are three functions to torch."""
     num_spellings = 0
     for name, functions, case in cases():
+        if len(functions) == 1:
+            continue
         rules = {
             str(f): allowed(p for p, traced in try_all(f, case).items() if traced)
             for f in functions
         }
         assert len(set(rules.values())) == 1, f"{name} {[x.shape for x in case.operands]}: {rules}"
         num_spellings += len(rules)
-    assert num_spellings > 500
+    assert num_spellings > 400
 
 
 def try_all(function: Any, case: Case) -> dict[tuple[ShardType, ...], Any]:
-    return try_placements(
-        lambda *xs: case.call(function, *xs), case.operands, {"a": 2}, case.grad
-    )
+    return try_placements(lambda *xs: case.call(function, *xs), case.operands, {"a": 2}, case.grad)
 
 
 @pytest.mark.full
@@ -141,10 +141,21 @@ def test_no_op_is_without_a_case() -> None:
         (lambda x: x.reshape(4, 2, 4), (real(8, 4),)),
         (lambda x: x.mean(0), (real(4, 4),)),
     ],
-    ids="einsum embedding linear rms_norm cross_entropy add mul where reshape mean".split(),
+    ids=[
+        "einsum",
+        "embedding",
+        "linear",
+        "rms_norm",
+        "cross_entropy",
+        "add",
+        "mul",
+        "where",
+        "reshape",
+        "mean",
+    ],
 )
 def test_mesh_axes_are_typed_independently(function: Any, operands: tuple[Tensor, ...]) -> None:
-    """Only here two axes meet: on one dim, on two dims, one summed and one kept, P(a) times P(b)."""
+    """Only here two axes meet: on one dim, on two, one summed and one kept, P(a) times P(b)."""
     one, two = (rulecheck(function, *operands, mesh=mesh) for mesh in ({"a": 2}, {"a": 2, "b": 2}))
     assert len(two.legal) == len(one.legal) ** 2
 
@@ -229,7 +240,9 @@ def test_an_unmarked_label_that_vanishes_is_refused_at_once() -> None:
     def unmarked(x: Tensor) -> Tensor:
         return x.sum(-1)
 
-    with pytest.raises(ShardingError, match=r"unmarked: 't d -> t': d vanishes\. Mark it \+ \(summed\)"):
+    with pytest.raises(
+        ShardingError, match=r"unmarked: 't d -> t': d vanishes\. Mark it \+ \(summed\)"
+    ):
         lower_one(unmarked, real(4, 6))
 
 
@@ -273,7 +286,9 @@ def test_random_state_is_refused() -> None:
     functions = [f for f in RULES if name_of(f) in RANDOM and f is not Tensor.__rand__]
     for function in functions:
         draw = DRAWS.get(name_of(function), lambda f, x: f(x))
-        with pytest.raises(ShardingError, match=r"draws from torch's random state, which differs by"):
+        with pytest.raises(
+            ShardingError, match=r"draws from torch's random state, which differs by"
+        ):
             lower_one(lambda x, draw=draw, f=function: x + draw(f, x), real(4, 6))
     assert len(functions) >= 15
 
@@ -281,7 +296,9 @@ def test_random_state_is_refused() -> None:
 @pytest.mark.parametrize("function", [torch.empty, torch.empty_like])
 def test_uninitialised_memory_is_refused(function: Any) -> None:
     with pytest.raises(ShardingError, match=r"holds what the rank's memory held"):
-        lower_one(lambda x: x + function(4, 6) if function is torch.empty else function(x), real(4, 6))
+        lower_one(
+            lambda x: x + function(4, 6) if function is torch.empty else function(x), real(4, 6)
+        )
 
 
 @pytest.mark.parametrize("function", sorted(READS, key=str), ids=str)

@@ -24,7 +24,7 @@ def one_axis(state: str | int) -> ShardType:
 
 
 def test_every_move_is_the_identity_and_its_dual_too() -> None:
-    """All 27 x 27 pairs on a 2 x 3 mesh: a wrong step, order or dual shows in value or cotangent."""
+    """All 27 x 27 pairs, 2 x 3 ranks: a wrong step, order or dual shows in value or cotangent."""
     pairs = list(itertools.product(ALL, ALL))
     assert (len(ALL), len(pairs)) == (27, 729)
     assert moves_go_wrong(pairs, SIZES) == []

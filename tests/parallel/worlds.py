@@ -1,4 +1,4 @@
-"""Whole values on simulated ranks: every type, moves between types, functions against one device."""
+"""Whole values on simulated ranks: all types, moves between them, functions against one device."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ def type_of(
     sizes: Mapping[str, int],
     shape: tuple[int, ...],
 ) -> ShardType:
-    """Return the type with a state (a dim, or I, R, P) per mesh axis, axes on one dim in `order`."""
+    """Return the type with a state (a dim, or I, R, P) per mesh axis, those of a dim in `order`."""
     spec = tuple(tuple(a for a in order if states[a] == dim) for dim in range(len(shape)))
     kinds = {axis: state for axis, state in states.items() if isinstance(state, str)}
     return make_type(shape, torch.float64, spec, sizes, kinds=kinds, grad=True)
@@ -99,9 +99,9 @@ def assert_like_one_device(
              for v in values]  # fmt: skip
     out = fn(*plain)
     cotangents = optree.tree_map(
-        lambda y: torch.randn(y.shape, dtype=y.dtype, generator=generator)
-        if y.is_floating_point()
-        else y,
+        lambda y: (
+            torch.randn(y.shape, dtype=y.dtype, generator=generator) if y.is_floating_point() else y
+        ),
         out,
     )
     flowing = [

@@ -18,7 +18,7 @@ from megatree.recipes.presets import demo
 
 
 def changed(**groups: Any) -> RunConfig:
-    """Return the demo's config with fields of `data` and `train`, and whole other groups, replaced."""
+    """Return the demo's config with fields of `data` and `train`, or whole groups, replaced."""
     cfg = demo()
     for name in ("data", "train"):
         groups[name] = replace(getattr(cfg, name), **groups.get(name, {}))

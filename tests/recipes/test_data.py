@@ -68,7 +68,7 @@ def test_a_folder_of_vocabulary_and_merges_is_a_tokenizer(shared: Path) -> None:
         (
             "model",
             {"vocab_size": 500},
-            r"^model.vocab_size: 500, but the tokenizer has 512 entries\. Set model.vocab_size to 512",
+            r"^model.vocab_size: 500, but the tokenizer has 512 entries\. Set model.vocab_size",
         ),
         (
             "train",

@@ -33,6 +33,6 @@ def test_the_rate_stays_between_its_ends(warmup: int, steps: int) -> None:
     rise, fall = rates[: warmup + 1], rates[warmup:]
     assert rise == sorted(rise)
     assert fall == sorted(fall, reverse=True)
-    if steps > warmup + 1:
-        assert rates[-1] == pytest.approx(0.1)
-        assert rates[warmup] == pytest.approx(1.0)
+    if steps > warmup:
+        assert rates[warmup] == 1.0
+        assert rate(steps) == pytest.approx(0.1)

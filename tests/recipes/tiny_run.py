@@ -22,12 +22,15 @@ SEQ = 16
 def write_text(folder: Path) -> Path:
     """Write ten documents; return the file."""
     path = folder / "text.jsonl"
-    lines = [json.dumps({"text": f"Document {n}: " + "the cat sat on the mat. " * 20}) for n in range(10)]
+    texts = [f"Document {n}: " + "the cat sat on the mat. " * 20 for n in range(10)]
+    lines = [json.dumps({"text": text}) for text in texts]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
-def tiny_run(folder: Path, *, steps: int = 4, mesh: MeshConfig | None = None, **train: Any) -> RunConfig:
+def tiny_run(
+    folder: Path, *, steps: int = 4, mesh: MeshConfig | None = None, **train: Any
+) -> RunConfig:
     """Return a config whose data and checkpoints are in a folder."""
     mesh = mesh or MeshConfig()
     fields = {"eval_every": 2, "eval_samples": 4, **train}

@@ -63,7 +63,7 @@ def differentiate(
     """Return loss and gradients of plain torch, by leaf name."""
     leaves = optree.tree_map(lambda w: w.clone().requires_grad_(), params)
     terms = [model.apply(leaves, batch)[1]["loss"]["terms"]["loss"] for batch in batches]
-    loss = sum(s for s, _ in terms) / sum(w for _, w in terms)
+    loss = torch.stack([s for s, _ in terms]).sum() / torch.stack([w for _, w in terms]).sum()
     loss.backward()
     names, flat, _ = flatten_with_names(leaves)
     return loss.detach(), {name: leaf.grad for name, leaf in zip(names, flat, strict=True)}

@@ -1,14 +1,21 @@
 """The central table: models, and the meshes and rules under which each must be itself."""
 
+from typing import Any
+
 from megatree.models.gpt import GPTConfig
 from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.mesh import Mesh
 
-_SIZES = {"seq_length": 8, "num_layers": 2, "embed": 16, "head_dim": 4, "ffn": 16}
+_SIZES: dict[str, Any] = {"seq_length": 8, "num_layers": 2, "embed": 16, "head_dim": 4, "ffn": 16}
 # 50 tokens divide over nothing; the table is padded to 56 rows, which divide over 2, 4 and 8.
-_VOCAB = {"vocab_size": 50, "vocab_pad": 8}
-_LLAMA = {"norm": "rms", "positions": "rotary", "activation": "swiglu"}
-_GPT2 = {"norm": "layer", "positions": "learned", "activation": "gelu_tanh", "bias": True}
+_VOCAB: dict[str, Any] = {"vocab_size": 50, "vocab_pad": 8}
+_LLAMA: dict[str, Any] = {"norm": "rms", "positions": "rotary", "activation": "swiglu"}
+_GPT2: dict[str, Any] = {
+    "norm": "layer",
+    "positions": "learned",
+    "activation": "gelu_tanh",
+    "bias": True,
+}
 
 MODELS: dict[str, GPTConfig] = {
     # four key heads of two query heads: two key heads a rank under tp=2
@@ -19,9 +26,15 @@ MODELS: dict[str, GPTConfig] = {
         **_SIZES, **_VOCAB, **_GPT2, kv_heads=4, dropout=0.2, attention_dropout=0.3
     ),
     "squared relu": GPTConfig(
-        **{**_SIZES, "vocab_size": 56}, norm="layer", positions="rotary", activation="squared_relu",
-        bias=True, kv_heads=4, group=1,
-    ),  # fmt: skip
+        **_SIZES,
+        vocab_size=56,
+        norm="layer",
+        positions="rotary",
+        activation="squared_relu",
+        bias=True,
+        kv_heads=4,
+        group=1,
+    ),
     # one key head: query heads are cut by their position in the group
     "mqa": GPTConfig(**_SIZES, **_VOCAB, **_LLAMA, kv_heads=1, group=8, dropout=0.1),
     # two key heads, on four ranks

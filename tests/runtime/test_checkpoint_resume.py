@@ -1,4 +1,4 @@
-"""Where a run stopped and went on does not show: the same bits on a mesh, the same loss on another."""
+"""Where a run stopped does not show: the same bits on a mesh, the same losses on another."""
 
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,7 @@ def run(
         directory=str(directory),
     )
     progress = begin(step, resume, data=tiny_data(), world=world)
-    end = train(
-        step, progress, loop, data=tiny_data(), lr=float, world=world, report=listen
-    )
+    end = train(step, progress, loop, data=tiny_data(), lr=float, world=world, report=listen)
     return end.state, heard
 
 

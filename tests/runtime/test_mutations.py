@@ -11,7 +11,6 @@ from torch import Tensor
 
 import megatree.functional as F
 from megatree.functional.annotate import shard
-
 from megatree.parallel import codegen, comm, lower, types
 from megatree.parallel.comm import BodyComm, RankComm
 from megatree.parallel.errors import ShardingError
@@ -52,7 +51,7 @@ def law() -> None:
 
 
 def fork() -> None:
-    """A gathered value with a use that differs by rank (its dual is a reduce-scatter) and one that does not."""
+    """A gathered value with a use that differs by rank, and one that does not."""
 
     def fn(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         y = shard(x, "batch seq embed")
@@ -118,7 +117,7 @@ def not_at_all(*args: Any) -> None:
 
 def local_only(gradients: Gradients, parts: Any, keys: Any, which: int) -> dict[Any, Tensor]:
     """Add a term over microbatches, not over ranks."""
-    return {key: sum(part[key].double() for part in parts) for key in keys}
+    return {key: torch.stack([part[key].double() for part in parts]).sum() for key in keys}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +165,10 @@ MEMBERS = ThreadComm.members
         (comm.psum, lambda: (lambda rank, x, axes: x, ())),
         (
             comm.all_gather,
-            lambda dim: (lambda rank, x, axes, d: x.chunk(rank.size(axes), d)[rank.index(axes)], (dim,)),
+            lambda dim: (
+                lambda rank, x, axes, d: x.chunk(rank.size(axes), d)[rank.index(axes)],
+                (dim,),
+            ),
         ),
         (
             comm.psum_scatter,
@@ -176,7 +178,7 @@ MEMBERS = ThreadComm.members
         (comm.ppermute, lambda shift: (lambda rank, x, axes: x, ())),
         (comm.all_to_all_v, lambda send, recv: (lambda rank, x, axes: x, ())),
     ],
-    ids="psum all_gather psum_scatter all_to_all ppermute all_to_all_v".split(),
+    ids=["psum", "all_gather", "psum_scatter", "all_to_all", "ppermute", "all_to_all_v"],
 )
 def test_a_wrong_dual_of_a_primitive_is_seen(
     primitive: Any, wrong: Any, monkeypatch: pytest.MonkeyPatch

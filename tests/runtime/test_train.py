@@ -21,7 +21,8 @@ WORLD = World.single()
 def test_a_step_takes_the_next_samples_microbatch_by_microbatch() -> None:
     step, data = tiny_step(Layout()), Watched(tiny_data())
     loop = Loop(steps=2, global_batch=3 * BATCH, microbatch=BATCH)
-    end = train(step, begin(step, "", data=data, world=WORLD), loop, data=data, lr=float, world=WORLD)
+    start = begin(step, "", data=data, world=WORLD)
+    end = train(step, start, loop, data=data, lr=float, world=WORLD)
     assert data.reads == [(at, BATCH, (0, BATCH)) for at in range(0, 6 * BATCH, BATCH)]
     assert end.consumed == 6 * BATCH
     assert end.state.step == 2

@@ -1,4 +1,4 @@
-"""The same step on gloo processes: what threads cannot show, groups and the order of their chunks."""
+"""The same step on gloo processes: groups, and the order of their chunks."""
 
 import itertools
 
@@ -90,7 +90,7 @@ def exercise(comm: RankComm) -> dict[str, Tensor]:
 
 @ranks(4)
 def test_every_collective_does_what_the_simulator_does() -> None:
-    """Over axes against mesh order too: torch sorts the ranks of a group, so chunks change places."""
+    """Over axes against mesh order too: torch sorts a group, and chunks change places."""
     got = exercise(ProcessComm(MESH))
     expected = Threads(MESH.sizes).run(exercise)[dist.get_rank()]
     assert list(got) == list(expected)

@@ -101,9 +101,12 @@ def _quota(weights: Sequence[float | int], size: int) -> np.ndarray:
     shares = np.array(weights, np.float64)
     per_sample = shares.copy()  # weight / (dealt + 1)
     dealt = np.zeros(len(shares))
+    due, below, score = np.empty_like(shares), np.empty(len(shares), bool), np.empty_like(shares)
     for step in range(size):
-        below = dealt < shares * (step + 1)
-        k = int(np.argmax(np.where(below, per_sample, -1.0)))
+        np.multiply(shares, step + 1, due)
+        np.less(dealt, due, below)
+        np.multiply(per_sample, below, score)
+        k = int(score.argmax())
         dealt[k] += 1
         per_sample[k] = shares[k] / (dealt[k] + 1)
         out[step] = k

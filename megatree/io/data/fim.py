@@ -25,8 +25,8 @@ class FillInMiddle:
     """Rearrange each document of a row with probability `rate`; its length stays what it was.
 
     The three marks take three tokens, which the end of the suffix loses; a document whose suffix is
-    too short stays as it is. The draws depend on (seed, sample, row content) and on nothing else,
-    so a resumed run sees the same samples.
+    too short stays as it is. The draws depend on the seed, the sample and its tokens alone, so
+    a resumed run sees the same samples.
 
     Reference: Bavarian et al. 2022 (arXiv 2207.14255): modes PSM and SPM, at the context level.
 
@@ -56,6 +56,12 @@ class FillInMiddle:
                 raise ValueError(
                     f"FillInMiddle: {name} {getattr(self, name)} is no share. Use one in [0, 1]."
                 )
+
+    def describe(self) -> dict[str, object]:
+        """Return all that decides the result, for a digest."""
+        names = ("prefix", "middle", "suffix", "eod", "rate", "spm_rate", "seed")
+        cut = "tokens" if self.codec is None else "characters"
+        return {"cut": cut, **{name: getattr(self, name) for name in names}}
 
     def __call__(
         self, text: Int64[np.ndarray, "n width"], ids: Integer[np.ndarray, " n"]

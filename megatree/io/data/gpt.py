@@ -10,7 +10,7 @@ from megatree.io.data.cache import IndexCache
 from megatree.io.data.dataset import Batch, check_ids, digest, select_columns
 from megatree.io.data.fim import FillInMiddle
 from megatree.io.data.gpt_index import GPTIndex, build_gpt_index
-from megatree.io.data.locate import NOWHERE, Located, first_after, locate, segment_numbers
+from megatree.io.data.locate import NOWHERE, first_after, locate, segment_numbers
 from megatree.io.data.sequences import Sequences
 
 Restart = Literal["row", "eod", "document"]
@@ -97,7 +97,7 @@ class GPTDataset:
     @property
     def identity(self) -> str:
         """Digest of source, options and index."""
-        options = {**asdict(self.options), "fim": repr(self.fim)}
+        options = {**asdict(self.options), "fim": self.fim.describe() if self.fim else None}
         documents = self.index.documents
         ends = [int(d) for d in (*documents[:4], *documents[-4:])]
         return digest(
@@ -126,25 +126,51 @@ class GPTDataset:
         check_ids(self.name, ids, len(self))
         seq, options = self.options.seq, self.options
         located = locate(self.source, self.index, ids, width=seq + 1, extra=options.extra)
-        whole = columns is None or self.fim or "eod" in (options.positions, options.segments)
-        wanted = np.arange(seq) if whole else columns.astype(np.int64)
-        read = np.arange(seq + 1) if whole else np.union1d(wanted, wanted + 1)
+        looks_back = self.fim or "eod" in (options.positions, options.segments)
+        if columns is None or looks_back:
+            text = self._read(located.places)
+            if self.fim:
+                text = self.fim(text, ids)
+            batch = self._batch(text[:, :-1].copy(), text[:, 1:].copy(), located.first[:, :-1])
+            return select_columns(batch, columns)
+        # One read of what the two shifted views have in common.
+        read = np.union1d(columns, columns + 1)
         text = self._read(located.places[:, read])
-        if self.fim:
-            text = self.fim(text, ids)
-        tokens = text[:, np.searchsorted(read, wanted)]
-        labels = text[:, np.searchsorted(read, wanted + 1)]
-        weights = 1.0 - self._padding(labels).astype(np.float32)
+        tokens = text[:, np.searchsorted(read, columns)]
+        labels = text[:, np.searchsorted(read, columns + 1)]
+        return self._batch(tokens, labels, located.first[:, :-1], columns)
+
+    def _batch(
+        self,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        first: np.ndarray,
+        columns: np.ndarray | None = None,
+    ) -> Batch:
+        """Return all entries; `first` holds whole rows, tokens and labels only `columns`."""
+        options = self.options
+        hidden = self._padding(labels)
+        weights = np.subtract(1.0, hidden, dtype=np.float32)
         if not options.eod_loss:
             weights[tokens == options.eod] = 0.0
-        pieces = self._pieces(tokens, located, wanted)
+        batch = {"tokens": tokens, "labels": labels, "weights": weights}
+        firsts = {"document": first}
+        if "eod" in (options.positions, options.segments):
+            firsts["eod"] = first_after(tokens == options.eod)
+        if options.positions != "row":
+            first = firsts[options.positions]
+            positions = np.arange(first.shape[1]) - first
+            batch["positions"] = positions if columns is None else positions[:, columns]
+        if options.segments != "row":
+            segments = segment_numbers(firsts[options.segments])
+            batch["segments"] = segments if columns is None else segments[:, columns]
         tokens[self._padding(tokens)] = 0
-        labels[self._padding(labels)] = 0
-        batch = {"tokens": tokens, "labels": labels, "weights": weights, **pieces}
-        return select_columns(batch, columns if whole else None)
+        labels[hidden] = 0
+        return batch
 
     def _padding(self, tokens: np.ndarray) -> np.ndarray:
-        return (tokens < 0) | (tokens == (-1 if self.options.pad is None else self.options.pad))
+        hidden = tokens < 0
+        return hidden if self.options.pad is None else hidden | (tokens == self.options.pad)
 
     def _read(self, places: np.ndarray) -> np.ndarray:
         """Return the tokens at places [n, width] as int64, -1 where there is none."""
@@ -163,20 +189,6 @@ class GPTDataset:
             f"{self.source.prefix}: sequence {sequence} holds token {tokens.flat[bad]}, and the "
             f"vocabulary has {vocab}. Use the tokenizer that the data was made with."
         )
-
-    def _pieces(self, tokens: np.ndarray, located: Located, columns: np.ndarray) -> Batch:
-        """Return what the options ask for; `first` is what both entries are made of."""
-        out: Batch = {}
-        firsts = {
-            "eod": lambda: first_after(tokens == self.options.eod),
-            "document": lambda: located.first[:, :-1],
-        }
-        if self.options.positions != "row":
-            first = firsts[self.options.positions]()
-            out["positions"] = (np.arange(first.shape[1]) - first)[:, columns]
-        if self.options.segments != "row":
-            out["segments"] = segment_numbers(firsts[self.options.segments]())[:, columns]
-        return out
 
 
 def gpt_dataset(

@@ -32,8 +32,8 @@ def pack(
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # room -> rows
     rooms = 0  # bit r is set while a row has room r
-    for item in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
-        length = int(lengths[item])
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    for item, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1

@@ -23,7 +23,7 @@ class Source:
         size: bytes on disk.
     """
 
-    def __init__(self, path: Path, raw: BinaryIO, stream: BinaryIO) -> None:
+    def __init__(self, path: Path, raw: BinaryIO, stream: Any) -> None:
         self.path = path
         self.size = path.stat().st_size
         self._raw = raw

@@ -208,6 +208,7 @@ class _Job:
         )
         if not (whole and same and told[0]):
             return None
+        shutil.rmtree(self.parts, ignore_errors=True)  # killed between the pairs and this
         counts = Counts(**told[0]["counts"])
         return self._summary(counts, reused=len(self.sources))
 
@@ -236,6 +237,8 @@ class _Job:
             for part in parts:
                 counts = counts.plus(part.append_to(writers))
             self._finish(writers, counts)
+        for part in parts:
+            part.unmark()
         shutil.rmtree(self.parts)
         return self._summary(counts, reused=reused)
 
@@ -302,6 +305,8 @@ class _Job:
                     f"{encoded.bad[0]}. Mend the line, or pass --on-bad-line skip to leave such "
                     "lines out and list them."
                 )
+            # At each block: a file that grows as fast as it is read would never end.
+            source.require_unchanged()
             writers.add(encoded)
             bad = Counter(one.kind for one in encoded.bad)
             some = Counts(
@@ -382,6 +387,10 @@ class _Part:
     def mark_whole(self, counts: Counts) -> None:
         with atomic_write(self._marker) as file:
             file.write(json.dumps(asdict(counts)).encode())
+
+    def unmark(self) -> None:
+        """Make it not whole: before its files go, one by one."""
+        self._marker.unlink(missing_ok=True)
 
     def append_to(self, writers: _Writers) -> Counts:
         for key, prefix in self.prefixes.items():

@@ -35,7 +35,7 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _LINE = re.compile(r"(?:[\w.-]+/)?[\w.-]+\.py:\d+")
 # One message per value, as ours are counted, and a compilation that is only read.
 _OPTIONS = {
-    "xla_disable_hlo_passes": "all-reduce-combiner,all-gather-combiner,reduce-scatter-combiner",
+    "xla_disable_hlo_passes": "cpu-all-reduce-combiner",
     "xla_backend_optimization_level": 0,
 }
 
@@ -153,7 +153,7 @@ def parse(text: str, sizes: Mapping[str, int]) -> list[Collective]:
 
     Args:
         text: of `Compiled.as_text()`.
-        sizes: mesh axis -> size, the order of devices.
+        sizes: mesh axis -> size, in the order of the devices.
     """
     found = []
     for line in text.splitlines():
@@ -166,17 +166,26 @@ def parse(text: str, sizes: Mapping[str, int]) -> list[Collective]:
         groups = _groups(rest)
         size = sum(map(_bytes, _SHAPE.finditer(result)))
         if kind == "reduce-scatter":
-            size *= len(groups[0]) if groups else 1
+            size *= len(groups[0])
         found.append(
             Collective(
                 source=lines[-1] if lines else "?",
-                kind=KINDS[kind],
+                kind="pmax" if _takes_maximum(rest, text) else KINDS[kind],
                 axes=_axes_of(groups, sizes),
                 bytes=size,
                 phase="backward" if "transpose(" in scope else "forward",
             )
         )
     return found
+
+
+def _takes_maximum(rest: str, text: str) -> bool:
+    """Whether the function that an all-reduce applies is a maximum."""
+    applied = re.search(r"to_apply=(%[\w.-]+)", rest)
+    if applied is None:
+        return False
+    body = re.search(rf"^{re.escape(applied.group(1))} .*?^}}", text, re.MULTILINE | re.DOTALL)
+    return body is not None and " maximum(" in body.group()
 
 
 def _counts(collectives: Any) -> str:
@@ -191,27 +200,45 @@ def _bytes(shape: re.Match[str]) -> int:
 
 
 def _groups(rest: str) -> list[list[int]]:
-    """Return the groups of devices that one collective joins, in any of XLA's four spellings."""
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
-        over = re.findall(r"'(\w+)'", found.group(2))
-        grid = np.arange(math.prod(map(int, sizes.values()))).reshape([*map(int, sizes.values())])
-        names = list(sizes)
-        last = [names.index(axis) for axis in over]
-        order = [d for d in range(len(names)) if d not in last] + last
-        width = math.prod(int(sizes[axis]) for axis in over)
-        return grid.transpose(order).reshape(-1, width).tolist()
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape, sizes, order = (
-            [int(n) for n in part.split(",")] if part else None for part in found.groups()
-        )
-        grid = np.arange(math.prod(sizes or [])).reshape(sizes)
-        return (grid if order is None else grid.transpose(order)).reshape(shape).tolist()
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", rest):
-        return [
-            [int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found.group(1))
-        ]
-    return []
+    """Return the groups of devices that one collective joins, in any of XLA's spellings."""
+    if found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", rest):
+        return _mesh_groups(*found.groups())
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
+        return _devices(found.group(2)).reshape(_numbers(found.group(1))).tolist()
+    found = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", rest)
+    assert found is not None, f"a collective without groups: {rest[:200]}"
+    return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", found.group(1))]
+
+
+def _mesh_groups(mesh: str, devices: str | None, over: str) -> list[list[int]]:
+    """Read `mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a', 'b':(2)2}`."""
+    names = re.findall(r"'(\w+)'=(\d+)", mesh)
+    taken = dict(re.findall(r"'(\w+)'(?::\((\d+)\)(?=\d))?", over))
+    widths = dict(re.findall(r"'(\w+)':\(\d+\)(\d+)", over))
+    shape: list[int] = []
+    joined: list[int] = []
+    for name, size in names:
+        # An axis of which a part is taken is three: what is outside, the part, what is inside.
+        before = int(taken.get(name) or 1) if name in taken else int(size)
+        part = int(widths.get(name) or int(size) // before)
+        shape += [before, part, int(size) // (before * part)]
+        joined += [len(shape) - 2] if name in taken else []
+    order = [d for d in range(len(shape)) if d not in joined] + joined
+    width = math.prod(shape[d] for d in joined)
+    total = f"[{math.prod(shape)}]"
+    return _devices(devices or total).reshape(shape).transpose(order).reshape(-1, width).tolist()
+
+
+def _devices(text: str) -> np.ndarray:
+    """Read a list of devices, `[2,4]T(1,0)`: row-major numbers, transposed."""
+    shape, _, order = text.removesuffix(")").partition("T(")
+    sizes = _numbers(shape.strip("[]"))
+    grid = np.arange(math.prod(sizes)).reshape(sizes)
+    return (grid.transpose(_numbers(order)) if order else grid).reshape(-1)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
 
 
 def _axes_of(groups: list[list[int]], sizes: Mapping[str, int]) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def goldens(shared: Path) -> Goldens:
 
 
 class Counting:
-    """Sequences in memory whose token ids count up over all of them, so that each names its place."""
+    """Sequences in memory whose ids count up over all of them, so that each names its place."""
 
     prefix = "counting"
     dtype = np.dtype(np.int32)
@@ -56,6 +56,10 @@ class Counting:
     @property
     def identity(self) -> str:
         return f"counting {self.lengths.tolist()}"
+
+    def __getitem__(self, sequence: int) -> np.ndarray:
+        start = int(self.lengths[:sequence].sum())
+        return np.arange(start, start + self.lengths[sequence])
 
     def starts(self, sequences: np.ndarray) -> np.ndarray:
         return (np.cumsum(self.lengths, dtype=np.int64) - self.lengths)[sequences]

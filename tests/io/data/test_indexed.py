@@ -64,7 +64,7 @@ def test_hand_made_documents_give_the_bytes_of_megatron(goldens, tmp_path, name:
 
 @pytest.mark.parametrize(
     "name",
-    ["austen40_text_document", "austen40_int32_text_document", "austen30_text_sentence"],
+    ["austen_c_text_document", "austen30_text_sentence"],
 )
 def test_a_pair_of_megatron_copied_through_the_reader_keeps_its_bytes(
     goldens, tmp_path, name: str

@@ -167,7 +167,7 @@ def test_sentences_keep_the_white_space_after_them_when_told(tmp_path: Path) -> 
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    """Small blocks would be better at that: these are 5 of a megabyte, of uneven cost."""
+    """Blocks of a megabyte, of uneven cost, and a bad line between."""
     records = [{"text": f"{n} " * (n % 3000)} for n in range(600)]
     lines = write_lines(tmp_path / "a.jsonl", [*records, {"no": 1}, *records])
     made = [
