@@ -142,7 +142,7 @@ class Near(Files):
 
     threshold: float = 0.7
     measure: Literal["union", "min", "max"] = "union"
-    num_places: int = 128
+    num_places: int = 256
     pairs: Path | None = None
     groups: Path | None = None
 
@@ -160,7 +160,7 @@ class Pairs(Files):
 
     threshold: float = 0.5
     measure: Literal["union", "min", "max"] = "union"
-    num_places: int = 128
+    num_places: int = 256
 
 
 @dataclass(frozen=True, kw_only=True)

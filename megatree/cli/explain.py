@@ -50,9 +50,9 @@ def explain(cfg: RunConfig, unit: str = "blocks.dense") -> None:
         ValueError: the model has no such unit, or cannot be typed under this layout.
     """
     from megatree.parallel.model import lower_model
-    from megatree.recipes.build import layout_of, model_of
+    from megatree.recipes.build import layout_of_run, model_of
 
-    program = lower_model(model_of(cfg), layout_of(cfg.mesh, cfg.rules))
+    program = lower_model(model_of(cfg), layout_of_run(cfg))
     if unit not in program.units:
         raise ValueError(
             f"unit: the model has no {unit!r}{did_you_mean(unit, program.units)}. "

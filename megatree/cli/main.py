@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, str] = {
     "train": "Train a recipe, or go on with one.",
     "generate": "Continue a text with a trained model.",
     "explain": "Print what a rank runs: the program of one block, its collectives.",
+    "plan": "Plan a run before it runs: memory, collectives, time.",
     "demo": "Train, change the mesh and generate, in minutes on two CPU cores.",
 }
 """Command, which is also the module whose `main(args)` runs it -> what it does."""

@@ -99,7 +99,10 @@ def _plot(cfg: RunConfig, file: str) -> None:
         )
     drawn = timeline(layout.schedule_for(cfg.train.global_batch // cfg.train.microbatch))
     print(draw(drawn))
-    plot(drawn, file)
+    try:
+        plot(drawn, file)
+    except ImportError as error:
+        raise ValueError(str(error)) from None
 
 
 def print_plan(console: Console, made: "Plan", guess: "Estimate") -> None:

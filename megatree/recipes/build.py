@@ -1,6 +1,7 @@
 """From a config to the values it names: layout, model, optimizer."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -8,21 +9,55 @@ from megatree.functional.chain import Chain
 from megatree.models.gpt import gpt
 from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.mesh import Mesh
-from megatree.recipes.config import MeshConfig, RunConfig
+from megatree.parallel.placement import Placement
+from megatree.parallel.schedule import (
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    zero_bubble_h1,
+    zero_bubble_v,
+)
+from megatree.recipes.config import MeshConfig, PipelineConfig, RunConfig
 from megatree.recipes.schedule import warmup_cosine
 from megatree.runtime.adamw import Optimizer, Schedule, adamw
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def layout_of(mesh: MeshConfig, rules: Mapping[str, tuple[str, ...]]) -> Layout:
-    """Return a mesh and its rules; rules that cut nothing there are left out."""
+SCHEDULES = {
+    "1f1b": one_f_one_b,
+    "gpipe": gpipe,
+    "zb-h1": zero_bubble_h1,
+    "zb-v": zero_bubble_v,
+}
+
+
+def layout_of(
+    mesh: MeshConfig,
+    rules: Mapping[str, tuple[str, ...]],
+    pipeline: PipelineConfig | None = None,
+) -> Layout:
+    """Return a mesh, its rules (those that cut nothing there are left out) and its pipeline."""
     cuts = {
-        axis: tuple(mesh_axis for mesh_axis in cut_by if mesh.sizes[mesh_axis] > 1)
+        axis: tuple(mesh_axis for mesh_axis in cut_by if mesh.sizes.get(mesh_axis, 1) > 1)
         for axis, cut_by in rules.items()
     }
-    rules = {axis: cut_by for axis, cut_by in cuts.items() if cut_by}
-    return Layout(Mesh(dp=mesh.dp, tp=mesh.tp), Rules(**rules))
+    made = Rules(**{axis: cut_by for axis, cut_by in cuts.items() if cut_by})
+    if mesh.pp == 1:
+        return Layout(Mesh(**mesh.sizes), made)
+    pipeline = pipeline or PipelineConfig()
+    if pipeline.schedule == "interleaved":
+        schedule = partial(interleaved, num_virtual=pipeline.virtual)
+    else:
+        schedule = SCHEDULES[pipeline.schedule]
+    layers = pipeline.layers_per_stage
+    placement = Placement(layers_per_stage=layers) if layers else None
+    return Layout(Mesh(**mesh.sizes), made, placement, schedule)
+
+
+def layout_of_run(cfg: RunConfig) -> Layout:
+    """Return the layout of a run."""
+    return layout_of(cfg.mesh, cfg.rules, cfg.pipeline)
 
 
 def model_of(cfg: RunConfig) -> Chain:

@@ -16,20 +16,22 @@ class MeshConfig:
     """Ranks per mesh axis; their product is the number of processes.
 
     Args:
+        pp: pipeline ranks: each holds stages of layers.
         dp: data parallel ranks: each takes its rows of every microbatch.
         tp: tensor parallel ranks: each holds its part of every weight matrix.
     """
 
+    pp: int = 1
     dp: int = 1
     tp: int = 1
 
     def __post_init__(self) -> None:
-        _positive("mesh", dp=self.dp, tp=self.tp)
+        _positive("mesh", pp=self.pp, dp=self.dp, tp=self.tp)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Mesh axis -> size."""
-        return {"dp": self.dp, "tp": self.tp}
+        """Mesh axis -> size; pp only if there is a pipeline."""
+        return ({"pp": self.pp} if self.pp > 1 else {}) | {"dp": self.dp, "tp": self.tp}
 
     @property
     def num_ranks(self) -> int:
@@ -38,6 +40,29 @@ class MeshConfig:
 
     def __str__(self) -> str:
         return " ".join(f"{axis}={size}" for axis, size in self.sizes.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """How microbatches pass the stages, where mesh.pp is more than 1.
+
+    Args:
+        schedule: who does what when; "zb-h1" and "zb-v" compute weight gradients apart.
+        virtual: stages per rank, with "interleaved".
+        layers_per_stage: layers of every stage, in order; empty spreads them evenly.
+    """
+
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"] = "1f1b"
+    virtual: int = 1
+    layers_per_stage: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _positive("pipeline", virtual=self.virtual)
+        if (self.virtual > 1) != (self.schedule == "interleaved"):
+            raise ValueError(
+                f"pipeline.virtual: {self.virtual} stages per rank with schedule "
+                f"{self.schedule!r}. Interleaving needs 2 or more, other schedules take 1."
+            )
 
 
 def megatron_rules(*, sequence_parallel: bool = False) -> dict[str, tuple[str, ...]]:
@@ -212,6 +237,7 @@ class RunConfig:
         model: sizes and choices of the decoder.
         mesh: ranks per mesh axis.
         rules: logical axis -> the mesh axes that cut it; empty for none.
+        pipeline: schedule and placement, where mesh.pp is more than 1.
         data: the text and its tokenizer.
         optimizer: AdamW and its learning rate.
         train: length and rhythm.
@@ -223,6 +249,7 @@ class RunConfig:
     model: GPTConfig
     mesh: MeshConfig = field(default_factory=MeshConfig)
     rules: dict[str, tuple[str, ...]] = field(default_factory=megatron_rules)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig
     train: TrainConfig
@@ -264,7 +291,7 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], mesh: MeshConfig) -> None:
                 )
     used = {mesh_axis for cut_by in rules.values() for mesh_axis in cut_by}
     for mesh_axis, size in mesh.sizes.items():
-        if size > 1 and mesh_axis not in used:
+        if size > 1 and mesh_axis not in used and mesh_axis != "pp":
             raise ValueError(
                 f"mesh.{mesh_axis}: {size} ranks, and no rule names {mesh_axis!r}: all would do "
                 f"the same work. Set mesh.{mesh_axis} to 1, or name it in a rule."

@@ -15,7 +15,7 @@ from megatree.parallel.comm import OneDevice, RankComm
 from megatree.parallel.mesh import Mesh
 from megatree.parallel.model import lower_model
 from megatree.recipes import metrics
-from megatree.recipes.build import layout_of, model_of, optimizer_of, schedule_of
+from megatree.recipes.build import layout_of_run, model_of, optimizer_of, schedule_of
 from megatree.recipes.config import RunConfig
 from megatree.recipes.data import datasets
 from megatree.recipes.saved import CONFIG_FILE, differences, from_plain, to_json, to_plain
@@ -105,7 +105,7 @@ def open_job(device: torch.device, cfg: RunConfig, report: Report) -> Job:
     Raises:
         ValueError: the config, the data, the checkpoint or the ranks contradict each other.
     """
-    world, layout, model = current_world(), layout_of(cfg.mesh, cfg.rules), model_of(cfg)
+    world, layout, model = current_world(), layout_of_run(cfg), model_of(cfg)
     data, held_out = world.agree(lambda: datasets(cfg))
     sides = {"train": data} if held_out is None else {"train": data, "valid": held_out}
     check_start(world, cfg, lower_model(model, layout), sides)
@@ -153,7 +153,7 @@ def rank_comm(mesh: Mesh, world: World, device: torch.device) -> RankComm:
     if world.size != mesh.num_ranks:
         raise ValueError(
             f"mesh: {mesh} has {mesh.num_ranks} ranks, and {world.size} processes run. "
-            "Start one process per rank, or change mesh.dp or mesh.tp."
+            "Start one process per rank, or change mesh.pp, mesh.dp or mesh.tp."
         )
     return ProcessComm(mesh, device)
 

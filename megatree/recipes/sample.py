@@ -60,7 +60,7 @@ def sample(
     """
     world = current_world()
     path, cfg = world.broadcast(world.on_first(lambda: _find(checkpoint)))
-    layout = layout_of(mesh, cfg.rules)
+    layout = layout_of(mesh, cfg.rules, cfg.pipeline)
     tokenizer = load_tokenizer(cfg.data)
     eod = end_of_document(cfg.data, tokenizer)
     rows = [tokenizer.encode(prompt).ids or [eod] for prompt in prompts]

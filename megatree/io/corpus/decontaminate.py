@@ -73,11 +73,10 @@ def pieces_of(text: str, evaluations: Evaluations, rules: Decontamination) -> tu
     kept: list[str] = []
     begin = cuts = 0
     for start, end, _ in evaluations.matches(text):
-        if start < begin:
-            continue  # within what is cut out already
-        cuts += 1
-        kept.append(_up_to_sentence(text[begin : max(begin, start - rules.margin)]))
-        begin = _next_sentence(text, min(len(text), end + rules.margin))
+        if start >= begin:  # else it begins in what is cut out already, and prolongs that
+            cuts += 1
+            kept.append(_up_to_sentence(text[begin : max(begin, start - rules.margin)]))
+        begin = max(begin, _next_sentence(text, min(len(text), end + rules.margin)))
     kept.append(text[begin:])
     return ([text], 0) if not cuts else ([p for p in kept if len(p) >= rules.min_piece], cuts)
 

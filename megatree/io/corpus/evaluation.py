@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from megatree.io.preprocess.blocks import MAX_LINE_BYTES, BadLine, Block, read_blocks
@@ -88,7 +89,7 @@ class Evaluations:
         spans = [match.span() for match in _WORD.finditer(text)]
         found = [text[start:end].lower() for start, end in spans]
         by_start, grams = self._by_start, self.grams
-        for at, pair in enumerate(zip(found, [*found[1:], ""], strict=True)):
+        for at, pair in enumerate(pairwise([*found, ""])):
             for length in by_start.get(pair) or by_start.get((pair[0], "")) or ():
                 gram = tuple(found[at : at + length])
                 if gram in grams:

@@ -54,14 +54,14 @@ class NearDuplicates:
 
     threshold: float = 0.7
     measure: Measure = "union"
-    num_places: int = 128
+    num_places: int = 256
     normalize: bool = True
 
     def __post_init__(self) -> None:
         choose_bands(self.threshold, 1)
         if self.num_places < 1 or self.num_places & (self.num_places - 1):
             raise ValueError(
-                f"num-places: {self.num_places} is no power of two. Use 128 or 256, for example."
+                f"num-places: {self.num_places} is no power of two. Use 256 or 512, for example."
             )
 
 

@@ -11,6 +11,7 @@ _DROPPED_TAGS = frozenset(
      "source", "imagemap", "style", "script"]
 )  # fmt: skip
 _MAGIC = re.compile(r"__[A-Z]+__")
+_TAG = re.compile(r"<[a-zA-Z]+\s[^<>]*>")
 _LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 _OTHER_LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z]+)*:\S")
 
@@ -24,7 +25,9 @@ def plain_text(markup: str) -> str:
         ValueError: if `mwparserfromhell` is not installed.
     """
     parser = optional("mwparserfromhell", extra="data", purpose="wikipedia")
-    code = parser.parse(_LINE_BREAK.sub("\n", _MAGIC.sub("", markup)))
+    # The parser takes a tag with a line end in it for text.
+    markup = _TAG.sub(lambda tag: " ".join(tag.group().split()), _MAGIC.sub("", markup))
+    code = parser.parse(_LINE_BREAK.sub("\n", markup))
     for node in code.filter_tags(recursive=True, matches=_is_dropped):
         _remove(code, node)
     for node in code.filter_wikilinks(recursive=True, matches=_is_no_text):

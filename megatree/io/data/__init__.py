@@ -12,7 +12,7 @@ from megatree.io.data.bpe import train_byte_bpe
 from megatree.io.data.cache import IndexCache
 from megatree.io.data.chat import ChatReport, chat_dataset, encode_chats, read_conversations
 from megatree.io.data.chat_template import ChatTemplate
-from megatree.io.data.corpus import Blend, Corpus, gpt_datasets, parse_blend
+from megatree.io.data.corpus import bert_datasets, gpt_datasets, parse_blend, t5_datasets
 from megatree.io.data.dataset import Batch, Dataset
 from megatree.io.data.demo import Demo, load_demo
 from megatree.io.data.documents import Documents, encode_documents
@@ -25,6 +25,7 @@ from megatree.io.data.indexed import IndexedFile, IndexedWriter, merge_pairs
 from megatree.io.data.loader import Loader, Share, StepBatch
 from megatree.io.data.masked_index import build_masked_index
 from megatree.io.data.masking import Masking
+from megatree.io.data.mixture import Blend, Corpus
 from megatree.io.data.mock import MockSequences
 from megatree.io.data.order import sample_ids
 from megatree.io.data.packed import PackedDataset, packed_dataset
@@ -68,6 +69,7 @@ __all__ = [
     "T5Options",
     "TokenDataset",
     "bert_dataset",
+    "bert_datasets",
     "blend_by_epochs",
     "blend_by_weights",
     "blend_order",
@@ -91,6 +93,7 @@ __all__ = [
     "split_documents",
     "split_shares",
     "t5_dataset",
+    "t5_datasets",
     "token_dtype",
     "train_byte_bpe",
     "unigram_entropy",

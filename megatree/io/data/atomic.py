@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +25,9 @@ class StagedFile:
         _sweep(final)
         self.path = final.with_name(f".{final.name}.{secrets.token_hex(8)}.megatree-tmp")
         self.file: BinaryIO = open(self.path, "xb", buffering=1 << 20)  # noqa: SIM115
-        fcntl.flock(self.file, fcntl.LOCK_EX)
+        # Where locks do not work, nothing is swept up: `_sweep` needs the lock as well.
+        with suppress(OSError):
+            fcntl.flock(self.file, fcntl.LOCK_EX)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
@@ -81,5 +83,5 @@ def _sweep(final: Path) -> None:
             with open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
-        except (BlockingIOError, FileNotFoundError):
+        except OSError:  # locked, gone, or locks do not work here
             continue

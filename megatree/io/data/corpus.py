@@ -1,69 +1,17 @@
 """From names of files and a split to the datasets of training, validation and test."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
 
-from megatree.io.data.blend_order import Rule
-from megatree.io.data.blended import blend_by_epochs, blend_by_weights, blend_sizes
+from megatree.io.data.bert import BertOptions, bert_dataset
 from megatree.io.data.cache import IndexCache
 from megatree.io.data.dataset import Dataset
 from megatree.io.data.fim import FillInMiddle
 from megatree.io.data.gpt import GPTOptions, gpt_dataset
 from megatree.io.data.indexed import IndexedFile
+from megatree.io.data.mixture import Blend, Corpus, Data, Leaf, NumSamples, Splits, build_splits
 from megatree.io.data.splits import SPLITS, split_bounds
-
-# Datasets of a blend are built a little larger than their share, as in Megatron.
-_SURPLUS = 1.005
-
-Leaf: TypeAlias = "Callable[[Corpus, int, int | None], Dataset | None]"
-"""(corpus, number of the split, samples or None for an epoch) -> dataset, None without a share."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """One file of token sequences.
-
-    Attributes:
-        prefix: its path without `.bin` or `.idx`.
-        split: shares of train, valid and test, like 949,50,1.
-    """
-
-    prefix: str
-    split: str = "969,30,1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blend:
-    """Several corpora or blends dealt as one.
-
-    Attributes:
-        parts: what is blended.
-        weights: share of the samples of each part; or
-        epochs: how often each part is passed over. With neither, each is passed over once, or
-            gives what its length weighs if a number of samples is wanted.
-        rule: which part comes next; see `blend_order`.
-    """
-
-    parts: "tuple[Corpus | Blend, ...]"
-    weights: tuple[float | int, ...] | None = None
-    epochs: tuple[float | int, ...] | None = None
-    rule: Rule = "megatron"
-
-    def __post_init__(self) -> None:
-        for name in ("weights", "epochs"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.parts):
-                raise ValueError(
-                    f"Blend: {len(values)} {name} for {len(self.parts)} parts. Give one for each."
-                )
-        if not self.parts or (self.weights is not None and self.epochs is not None):
-            raise ValueError(
-                f"Blend: {len(self.parts)} parts, with weights and epochs. "
-                "Give at least one part, and weights or epochs or neither."
-            )
+from megatree.io.data.t5 import T5Options, t5_dataset
 
 
 def parse_blend(words: Sequence[str], *, split: str = "969,30,1") -> Corpus | Blend:
@@ -98,15 +46,15 @@ def _number(word: str) -> float | None:
 
 
 def gpt_datasets(
-    data: Corpus | Blend | Sequence[Corpus | Blend | None],
+    data: Data,
     options: GPTOptions,
     *,
-    num_samples: tuple[int | None, int | None, int | None],
+    num_samples: NumSamples,
     keep_partial: bool = False,
     fim: FillInMiddle | None = None,
     cache: IndexCache | None = None,
-) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    """Build the datasets of train, valid and test.
+) -> Splits:
+    """Build the GPT datasets of train, valid and test; sequences are split.
 
     Args:
         data: one corpus or blend that is split, or one for each split, used whole.
@@ -123,18 +71,9 @@ def gpt_datasets(
         ValueError: a file is damaged, or samples are wanted of a split that holds none.
     """
 
-    def leaf(corpus: Corpus, split: int, wanted: int | None) -> Dataset | None:
-        source = open_once(corpus.prefix)
-        bounds = split_bounds(corpus.split, len(source))[split]
-        if bounds is None and not wanted:
-            return None
-        if wanted and (bounds is None or bounds[0] == bounds[1]):
-            raise ValueError(
-                f"{corpus.prefix}: split {corpus.split!r} of {len(source)} sequences leaves none "
-                f"for {SPLITS[split]}, and {wanted} samples are wanted. Give it a larger share, or "
-                "ask for 0 samples."
-            )
-        assert bounds is not None
+    def make(
+        source: IndexedFile, bounds: tuple[int, int], split: int, wanted: int | None
+    ) -> Dataset:
         return gpt_dataset(
             source,
             bounds,
@@ -145,73 +84,69 @@ def gpt_datasets(
             cache=cache,
         )
 
+    return build_splits(data, _leaf(len, "sequences", make), num_samples, cache)
+
+
+def bert_datasets(
+    data: Data,
+    options: BertOptions,
+    *,
+    num_samples: NumSamples,
+    cache: IndexCache | None = None,
+) -> Splits:
+    """Build the BERT datasets of train, valid and test; documents are split.
+
+    Arguments, result and errors are those of `gpt_datasets`.
+    """
+
+    def make(
+        source: IndexedFile, bounds: tuple[int, int], split: int, wanted: int | None
+    ) -> Dataset:
+        return bert_dataset(source, bounds, options, num_samples=wanted, cache=cache)
+
+    leaf = _leaf(lambda source: source.num_documents, "documents", make)
+    return build_splits(data, leaf, num_samples, cache)
+
+
+def t5_datasets(
+    data: Data,
+    options: T5Options,
+    *,
+    num_samples: NumSamples,
+    cache: IndexCache | None = None,
+) -> Splits:
+    """Build the T5 datasets of train, valid and test; documents are split.
+
+    Arguments, result and errors are those of `gpt_datasets`.
+    """
+
+    def make(
+        source: IndexedFile, bounds: tuple[int, int], split: int, wanted: int | None
+    ) -> Dataset:
+        return t5_dataset(source, bounds, options, num_samples=wanted, cache=cache)
+
+    leaf = _leaf(lambda source: source.num_documents, "documents", make)
+    return build_splits(data, leaf, num_samples, cache)
+
+
+def _leaf(
+    count: Callable[[IndexedFile], int],
+    what: str,
+    make: Callable[[IndexedFile, tuple[int, int], int, int | None], Dataset],
+) -> Leaf:
+    """Return what makes the dataset of one corpus, each file opened once."""
     open_once = functools.cache(IndexedFile)
-    one = isinstance(data, Corpus | Blend)
-    each = [data] * 3 if one else [_whole(part, i) for i, part in enumerate(data)]
-    train, valid, test = (
-        None if part is None else _build(part, i, wanted, leaf, cache)
-        for i, (part, wanted) in enumerate(zip(each, num_samples, strict=True))
-    )
-    return train, valid, test
 
+    def leaf(corpus: Corpus, split: int, wanted: int | None) -> Dataset | None:
+        source = open_once(corpus.prefix)
+        total = count(source)
+        bounds = split_bounds(corpus.split, total)[split]
+        if wanted and (bounds is None or bounds[0] == bounds[1]):
+            raise ValueError(
+                f"{corpus.prefix}: split {corpus.split!r} of {total} {what} leaves none for "
+                f"{SPLITS[split]}, and {wanted} samples are wanted. Give it a larger share, or "
+                "ask for 0 samples."
+            )
+        return None if bounds is None else make(source, bounds, split, wanted)
 
-def _whole(data: Corpus | Blend | None, split: int) -> Corpus | Blend | None:
-    """Give all of the data to one split."""
-    if isinstance(data, Corpus):
-        return replace(data, split=",".join("1" if i == split else "0" for i in range(3)))
-    if isinstance(data, Blend):
-        parts = [_whole(part, split) for part in data.parts]
-        return replace(data, parts=tuple(part for part in parts if part is not None))
-    return None
-
-
-def _build(
-    data: Corpus | Blend, split: int, wanted: int | None, leaf: Leaf, cache: IndexCache | None
-) -> Dataset | None:
-    if isinstance(data, Corpus):
-        return leaf(data, split, wanted)
-    if data.weights is not None:
-        return _by_weights(data, data.weights, split, wanted, leaf, cache)
-    parts = [_build(part, split, None, leaf, cache) for part in data.parts]
-    there = [(i, part) for i, part in enumerate(parts) if part is not None]
-    if not there:
-        return None
-    datasets = [part for _, part in there]
-    if data.epochs is not None or wanted is None:
-        epochs = data.epochs or (1.0,) * len(parts)
-        return blend_by_epochs(datasets, [epochs[i] for i, _ in there], cache=cache)
-    lengths = [len(dataset) for dataset in datasets]
-    if not sum(lengths) and wanted:
-        raise ValueError(
-            f"Blend: the {SPLITS[split]} splits of {len(datasets)} parts hold no sample, and "
-            f"{wanted} are wanted. Give them larger shares, or ask for 0 samples."
-        )
-    if not wanted:
-        return blend_by_epochs(datasets, [0.0] * len(datasets), cache=cache)
-    size = min(wanted, sum(lengths))
-    return blend_by_weights(datasets, lengths, size, rule=data.rule, cache=cache)
-
-
-def _by_weights(
-    data: Blend,
-    weights: Sequence[float | int],
-    split: int,
-    wanted: int | None,
-    leaf: Leaf,
-    cache: IndexCache | None,
-) -> Dataset | None:
-    if wanted is None:
-        raise ValueError(
-            f"Blend: weights do not say how many samples {SPLITS[split]} has. "
-            "Ask for a number, or blend by epochs."
-        )
-    if not wanted:
-        return None
-    sizes = blend_sizes(weights, wanted)
-    parts = [
-        _build(part, split, math.ceil(size * _SURPLUS), leaf, cache)
-        for part, size in zip(data.parts, sizes, strict=True)
-    ]
-    there = [(part, w) for part, w in zip(parts, weights, strict=True) if part is not None]
-    datasets, shares = [part for part, _ in there], [weight for _, weight in there]
-    return blend_by_weights(datasets, shares, sum(sizes), rule=data.rule, cache=cache)
+    return leaf

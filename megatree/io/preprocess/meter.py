@@ -1,5 +1,6 @@
 """How far a job is: a bar on a terminal, a line now and then elsewhere."""
 
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ class Meter:
         self,
         label: str,
         *,
-        stream: TextIO | None = None,
+        stream: io.TextIOBase | TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._label = label

@@ -24,6 +24,7 @@ from megatree.parallel.typed import map_structure
 from megatree.parallel.types import ShardType, make_type
 from megatree.runtime.jax.form import Form, dtype_of
 from megatree.runtime.jax.forms import FORMS
+from megatree.runtime.jax.keys import check_64_bits
 from megatree.runtime.jax.ops_contraction import contract
 from megatree.runtime.jax.trace import annotation, jax_call, trace_global
 
@@ -69,8 +70,12 @@ class Interpreter:
             elif node.op == "output":
                 return tuple(values[x] for x in node.args[0])
             else:
-                with jax.named_scope(node.meta["source"]):
-                    values[node] = self.node(node, values)
+                try:
+                    with jax.named_scope(_line(node)):
+                        values[node] = self.node(node, values)
+                except Exception as error:
+                    error.add_note(f"in {node.meta['op']} at {_line(node)}, run by to_jax")
+                    raise
         raise AssertionError("a graph without an output")
 
     def node(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -97,7 +102,7 @@ class Interpreter:
         if target is move:
             return lambda x, src, dst: x
         if target is annotation:
-            return lambda x, axes: self.lay(x, axes, node.meta["source"])
+            return lambda x, axes: self.lay(x, axes, _line(node))
         if target is jax_call:
             return lambda fn, *args: tuple(jax.tree.leaves(fn.jax_function(*args)))
         if target is run_body:
@@ -122,7 +127,7 @@ class Interpreter:
             return FORMS[function]
         if _is_torch(function):
             raise ShardingError(
-                f"{node.meta['source']}: {node.meta['op']}: this torch function has no JAX form. "
+                f"{_line(node)}: {node.meta['op']}: this torch function has no JAX form. "
                 "Give one, to_jax(fn, forms={torch.<name>: jax function}), or use the vocabulary."
             )
         body = partial(function, SINGLE) if node.target is scoped_op else function
@@ -171,12 +176,9 @@ def abstract_of(x: Any) -> ShardType:
 
 
 def check_bits(node: fx.Node, constant: Any) -> None:
-    """Refuse a 64-bit constant (a mixing word of a key) where JAX would cut it to 32 bits."""
-    if type(constant) is int and abs(constant) >= 1 << 32 and not jax.config.jax_enable_x64:
-        raise ShardingError(
-            f"{_line(node)}: {node.meta['op']}: needs 64-bit integers (keyed random numbers do), "
-            "which JAX has switched off. Set jax.config.update('jax_enable_x64', True)."
-        )
+    """Refuse a 64-bit constant, a mixing word of a key, where JAX would cut it to 32 bits."""
+    if type(constant) is int and abs(constant) >= 1 << 32:
+        check_64_bits(f"{_line(node)}: {node.meta['op']}")
 
 
 def _line(node: fx.Node) -> str:

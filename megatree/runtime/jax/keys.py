@@ -17,11 +17,24 @@ def keep_mask(key: int | Array, shape: tuple[int, ...], rate: float) -> Array:
         key: 64-bit, an int or a 0-d int64 array.
         shape: of the mask; an element's bit depends on the key and its row-major index only.
         rate: probability in [0, 1).
+
+    Raises:
+        ValueError: JAX has 64-bit integers switched off.
     """
+    check_64_bits("dropout")
     index = jax.lax.iota(jnp.uint64, math.prod(shape)).reshape(shape)
     word = key % (1 << 64) if isinstance(key, int) else key.astype(jnp.uint64)
     bits = _mix(_mix(index * jnp.uint64(_GOLDEN) + jnp.asarray(word, jnp.uint64)))
     return (bits >> jnp.uint64(33)) >= jnp.uint64(round(rate * (1 << 31)))
+
+
+def check_64_bits(place: str) -> None:
+    """Refuse to mix keys in 32 bits, which would give other random numbers than torch."""
+    if not jax.config.jax_enable_x64:
+        raise ValueError(
+            f"{place}: keyed random numbers are 64-bit integers, which JAX has switched off. "
+            "Set jax.config.update('jax_enable_x64', True)."
+        )
 
 
 def _mix(x: Array) -> Array:

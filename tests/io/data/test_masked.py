@@ -1,7 +1,9 @@
 """BERT and T5: mappings and samples equal to Megatron's, and no way to loop or to run out."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,13 +12,14 @@ import pytest
 
 from megatree.io.data import (
     BertOptions,
-    IndexedFile,
+    Corpus,
     Masking,
     T5Options,
     bert_dataset,
+    bert_datasets,
     build_masked_index,
-    split_bounds,
     t5_dataset,
+    t5_datasets,
 )
 from megatree.io.data.mersenne import draws64, shuffled
 from megatree.io.data.splits import SPLITS
@@ -46,11 +49,13 @@ def masking_of(told: dict, continues: np.ndarray) -> Masking:
     )
 
 
-def splits_of(goldens, told: dict) -> list:
-    source = IndexedFile(goldens.pair(told["corpus"]))
-    bounds = split_bounds(told["split"], source.num_documents)
-    named = zip(SPLITS, bounds, told["num_samples"], strict=True)
-    return [(name, source, b, n) for name, b, n in named if b is not None]
+def splits_of(goldens, told: dict, build: Callable[..., Any], options: Any) -> list:
+    """Return (name, dataset) of each split that Megatron made."""
+    corpus = Corpus(prefix=str(goldens.pair(told["corpus"])), split=told["split"])
+    datasets = build(corpus, options, num_samples=tuple(told["num_samples"]))
+    made = [(name, d) for name, d in zip(SPLITS, datasets, strict=True) if d is not None]
+    assert [name for name, _ in made] == list(told["result"])
+    return made
 
 
 @pytest.mark.parametrize("case", ["bert1", "bert2"])
@@ -68,8 +73,7 @@ def test_bert_samples_equal_those_of_megatron(goldens, continues, case: str) -> 
         short_probability=told["short_sequence_probability"],
         seed=told["random_seed"],
     )
-    for split, source, bounds, num_samples in splits_of(goldens, told):
-        dataset = bert_dataset(source, bounds, options, num_samples=num_samples)
+    for split, dataset in splits_of(goldens, told, bert_datasets, options):
         expected = arrays[f"{split}.sample_index"]
         assert dataset.index.dtype == expected.dtype
         np.testing.assert_array_equal(dataset.index, expected)
@@ -102,8 +106,7 @@ def test_t5_samples_equal_those_of_megatron(goldens, continues, case: str) -> No
         short_probability=told["short_sequence_probability"],
         seed=told["random_seed"],
     )
-    for split, source, bounds, num_samples in splits_of(goldens, told):
-        dataset = t5_dataset(source, bounds, options, num_samples=num_samples)
+    for split, dataset in splits_of(goldens, told, t5_datasets, options):
         np.testing.assert_array_equal(dataset.index, arrays[f"{split}.sample_index"])
         ids = arrays[f"{split}.sample_ids"]
         rows = dataset.rows(ids)

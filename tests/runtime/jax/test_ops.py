@@ -1,8 +1,6 @@
 """Every op's JAX form against torch: values, dtypes and gradients; every spelling runs the same form."""
 
-import itertools
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -15,42 +13,20 @@ from torch import Tensor
 import megatree.functional as F
 from megatree.functional.op import op
 from megatree.parallel.errors import ShardingError
-from megatree.parallel.layout import Layout
-from megatree.parallel.mesh import Mesh
-from megatree.parallel.ops import RULES
-from megatree.parallel.rulecheck import placements, tuple_of
-from megatree.parallel.types import R
 from megatree.runtime.jax import forms
 from megatree.runtime.jax.to_jax import to_jax
-from megatree.runtime.jax.trace import trace_global
-from megatree.runtime.jax.typeof import compare_types
-from tests.parallel.rule_cases import TORCH, VOCABULARY, Case, name_of, real
+from tests.parallel.rule_cases import Case, real
 from tests.runtime.jax.compare import array, differences, in_torch
+from tests.runtime.jax.op_cases import call, cases
 from tests.tolerances import RELATIVE
 
 EXACT = RELATIVE[torch.float64]
-# Refused in a trace (a value flows into Python), or the name of another function.
-NO_OPS = {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__long__, torch.rand}
-
-
-def cases() -> Iterator[tuple[str, list[Any], Case]]:
-    """Return (name, spellings of the function, case)."""
-    spellings: dict[str, list[Any]] = {}
-    for function in RULES:
-        if function not in NO_OPS:
-            spellings.setdefault(name_of(function), []).append(function)
-    for name, table in TORCH.items():
-        yield from ((name, spellings[name], case) for case in table)
-    for name, table in VOCABULARY.items():
-        yield from ((f"F.{name}", [getattr(F, name)], case) for case in table)
-
-
 def wrong(named: Iterable[tuple[str, Any, Case]], **options: Any) -> list[str]:
     """Return what differs between torch and JAX in some calls."""
     named = list(named)
     names = [name for name, _, _ in named]
     calls = [
-        in_torch(partial(_call, function, case), case.operands, grad=case.grad)
+        in_torch(partial(call, function, case), case.operands, grad=case.grad)
         for _, function, case in named
     ]
     texts = []
@@ -58,10 +34,6 @@ def wrong(named: Iterable[tuple[str, Any, Case]], **options: Any) -> list[str]:
         allowed = EXACT if case.rtol < 1e-8 else case.rtol  # casts have tolerances of their own
         texts += [f"{name}: {what} {error:.3g}" for what, error in found.items() if error > allowed]
     return texts
-
-
-def _call(function: Any, case: Case, *xs: Any) -> Any:
-    return tuple_of(case.call(function, *xs))
 
 
 def alone(fn: Any, operands: tuple[Tensor, ...], **options: Any) -> dict[str, float]:
@@ -82,7 +54,7 @@ def test_every_spelling_of_an_op_runs_the_same_form() -> None:
         arrays = list(map(array, case.operands))
         programs = set()
         for function in functions:
-            run = to_jax(partial(_call, function, case))
+            run = to_jax(partial(call, function, case))
             programs.add(str(jax.make_jaxpr(run)(*arrays)))
             num_spellings += 1
         assert len(programs) == 1, f"{name}: {programs}"
@@ -140,7 +112,7 @@ def test_a_torch_function_without_a_form_is_named_with_its_line(monkeypatch: Any
     assert to_jax(torch.tanh, forms={torch.tanh: jnp.tanh})(jnp.ones(3)).shape == (3,)
 
 
-@op("... d!, d! -> ... d!, ...")
+@op(lambda ranks: f"... d!{', d!' * (len(ranks) - 1)} -> ... d!, ...")
 def own_op(x: Tensor, w: Tensor | None = None, *, power: int = 2) -> tuple[Tensor, Tensor]:
     y = torch.tanh(x) ** power
     y = y if w is None else y * w
@@ -151,7 +123,7 @@ def test_an_op_of_ones_own_runs_the_torch_functions_of_its_body() -> None:
     found = alone(lambda x, w: own_op(x, w, power=3), (real(4, 6), real(6)))
     assert max(found.values()) < EXACT
     assert len(found) == 4
-    assert max(alone(own_op, (real(4, 6),)).values()) < EXACT
+    assert max(alone(lambda x: own_op(x, None), (real(4, 6),)).values()) < EXACT
 
 
 class _Square(torch.autograd.Function):
@@ -179,39 +151,3 @@ def test_an_op_whose_body_cannot_be_traced_asks_for_a_form() -> None:
         to_jax(lambda x: opaque(x))(jnp.ones(3))
     found = alone(lambda x: opaque(x) + 1, (real(4),), forms={opaque: jnp.square})
     assert max(found.values()) < EXACT
-
-
-# -- types --------------------------------------------------------------------------------------
-
-# JAX lays zeros_like(x) out as x even if x is a pending sum, where its ones_like counts n times.
-LIKE_A_SUM = {
-    f"{op}: float64[4, 6] here, float64[4, 6] P(a) in JAX"
-    for op in ("zeros_like", "ones_like", "full_like")
-}
-
-
-def test_ops_are_typed_as_jax_types_them_in_explicit_mode() -> None:
-    """Wherever a rule allows a placement and JAX has a type for it; I and R are one to JAX."""
-    sizes = {"a": 2}
-    layout = Layout(Mesh(**sizes))
-    graphs = []
-    for _, functions, case in cases():
-        options = [
-            [ty for ty in placements(x, sizes, case.grad) if ty.state("a") != R]
-            for x in case.operands
-        ]
-        for placement in itertools.product(*options):
-            try:
-                traced = trace_global(
-                    partial(_call, functions[0], case), layout, *placement
-                )
-            except ShardingError:
-                continue
-            graphs.append(traced.graph)
-    report = compare_types(graphs, sizes)
-    assert {text.partition(": ")[2] for text in report.different} == LIKE_A_SUM
-    assert report.same.total() > 1100
-    assert report.told.total() > 200
-    assert Counter(report.summed) == {"einsum 'td->d'": 1}
-    untyped = set(report.silent) - set(report.same) - set(report.told)
-    assert untyped == set()
