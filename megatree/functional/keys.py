@@ -9,6 +9,7 @@ number generators", figure 15).
 import functools
 import math
 import zlib
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def fold(key: Key, *data: int | str | Tensor) -> Key:
 
 def bits(key: Key, index: Tensor) -> Tensor:
     """Return 64 random bits (int64) for every global element index."""
-    return _mix(_mix(index * _signed(_GOLDEN) + key))
+    return cast(Tensor, _mix(_mix(index * _signed(_GOLDEN) + key)))
 
 
 def keep_mask(key: Key, index: Tensor, rate: float) -> Tensor:

@@ -11,6 +11,16 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(str(part) for part in path)
 
 
+def leaves_of(tree: Any) -> list[Any]:
+    """Return the leaves of a tree of anything, dict keys sorted."""
+    return optree.tree_leaves(tree)
+
+
+def flatten_with_paths(tree: Any) -> tuple[list[Any], list[Any], optree.PyTreeSpec]:
+    """Return the paths, leaves and structure of a tree of anything."""
+    return optree.tree_flatten_with_path(tree)
+
+
 def flatten_with_names(tree: Any) -> tuple[list[str], list[Any], optree.PyTreeSpec]:
     """Return the names, leaves and structure of a tree, in one order (dict keys sorted)."""
     paths, leaves, spec = optree.tree_flatten_with_path(tree)

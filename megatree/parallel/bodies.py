@@ -55,8 +55,8 @@ class _Local(Tensor):
             )
         if getattr(func, "rule", None) is not None and _draws(func, args, kwargs or {}):
             raise ShardingError(
-                f"{user_line()}: {func.rule.name} inside a local_map body draws its mask by local index: "
-                "the same mask on every shard. Apply dropout outside the body."
+                f"{user_line()}: {func.rule.name} inside a local_map body draws its mask by local "
+                "index: the same mask on every shard. Apply dropout outside the body."
             )
         return super().__torch_function__(func, types, args, kwargs or {})
 
@@ -70,11 +70,11 @@ def _draws(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
 class ShapeComm(RankComm):
     """A comm that moves nothing: shapes of the results, and a record of the calls."""
 
-    sizes: dict[str, int]
-    coords: dict[str, int]
+    sizes: Mapping[str, int]
+    coords: Mapping[str, int]
     calls: list[BodyCall] = field(default_factory=list)
     phase: str = "forward"
-    device: torch.device = torch.device("meta")
+    device: Any = torch.device("meta")
 
     def _note(self, kind: str, x: Tensor, axes: Axes) -> None:
         self.calls.append(BodyCall(kind, axes, x.numel() * x.element_size(), self.phase))

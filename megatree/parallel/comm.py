@@ -21,7 +21,7 @@ class RankComm:
 
     sizes: Mapping[str, int]
     coords: Mapping[str, int]
-    device: torch.device = torch.device("cpu")
+    device: Any  # torch.device, which type checkers take for a descriptor
 
     def size(self, axes: Axes) -> int:
         n = 1
@@ -144,8 +144,9 @@ class _Collective(torch.autograd.Function):
         return y.view_as(y) if y is x else y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         comm, fn, axes, args = ctx.call
+        (g,) = grads
         dual, dual_args = DUALS[fn](*args)
         return dual(comm, g.contiguous(), axes, *dual_args), None, None, None, None
 
@@ -238,9 +239,9 @@ class Transition(torch.autograd.Function):
         return y.view_as(y) if y is x else y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         comm, dual = ctx.call
-        return run_steps(comm, g, dual), None, None, None
+        return run_steps(comm, grads[0], dual), None, None, None
 
 
 def move(comm: RankComm, x: Tensor, src: ShardType, dst: ShardType) -> Tensor:

@@ -89,8 +89,8 @@ def check(
         )
     if isinstance(func, torch._ops.OpOverload):
         raise ShardingError(
-            f"{user_line()}: {name}: a torch.func transform (grad, vmap, jvp) is applied to a typed "
-            "tensor. Apply it to what is lowered, or inside an op or a local_map."
+            f"{user_line()}: {name}: a torch.func transform (grad, vmap, jvp) is applied to a "
+            "typed tensor. Apply it to what is lowered, or inside an op or a local_map."
         )
     if func in _READS:
         raise ShardingError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from megatree.functional.param import Array, Param, padded_shape
-from megatree.functional.tree import path_name
+from megatree.functional.tree import flatten_with_paths, path_name
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.layout import Layout
 from megatree.parallel.peephole import localise_iotas
@@ -102,7 +102,7 @@ def trace(
 ) -> Traced:
     """Trace and type a function; see `lower`."""
     tracer = tracer or Tracer(layout)
-    paths, leaves, in_tree = optree.tree_flatten_with_path(abstract)
+    paths, leaves, in_tree = flatten_with_paths(abstract)
     inputs = []
     arguments = argument_names(fn, len(abstract))
     for path, leaf in zip(paths, leaves, strict=True):

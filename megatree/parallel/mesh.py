@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatree.parallel.errors import ShardingError
 
@@ -26,21 +27,17 @@ class Mesh:
     atoms: tuple[tuple[str, int], ...]
     names: tuple[tuple[str, tuple[str, ...]], ...]
 
-    def __init__(
-        self,
-        atoms: tuple[tuple[str, int], ...] | None = None,
-        names: tuple[tuple[str, tuple[str, ...]], ...] | None = None,
-        **sizes: int,
-    ) -> None:
+    def __init__(self, **sizes: int) -> None:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"Mesh: axis {name!r} has size {size}. Give at least 1.")
-        if atoms is None:
-            slots = iter(sorted((n for n in sizes if n in STANDARD), key=STANDARD.index))
-            order = [next(slots) if name in STANDARD else name for name in sizes]
-            atoms = tuple((name, sizes[name]) for name in order)
+        slots = iter(sorted((n for n in sizes if n in STANDARD), key=STANDARD.index))
+        order = [next(slots) if name in STANDARD else name for name in sizes]
+        self._set(tuple((name, sizes[name]) for name in order), tuple((n, (n,)) for n in order))
+
+    def _set(self, atoms: tuple[tuple[str, int], ...], names: tuple[tuple[str, Any], ...]) -> None:
         object.__setattr__(self, "atoms", atoms)
-        object.__setattr__(self, "names", names or tuple((name, (name,)) for name, _ in atoms))
+        object.__setattr__(self, "names", names)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -105,7 +102,7 @@ class Mesh:
                 inner.insert(0, axis)
                 left //= n
             elif n % left == 0:
-                # Named by its stride's end inside the axis, so that a second split is not "tp.2" too.
+                # Named by the ranks it and all parts inside span: a second split is not "tp.2" too.
                 part = f"{axis}.{left * _product_of_parts(axis, atoms)}"
                 atoms[at : at + 1] = [(axis, n // left), (part, left)]
                 inner.insert(0, part)
@@ -122,7 +119,9 @@ class Mesh:
                 f"{dict(self.atoms)} (pp excluded). Choose a size that divides them."
             )
         table[name] = tuple(inner)
-        return Mesh(tuple(atoms), tuple(table.items()))
+        refined = Mesh()
+        refined._set(tuple(atoms), tuple(table.items()))
+        return refined
 
     def coords(self, rank: int) -> dict[str, int]:
         """Return a rank's coordinate on every atomic axis larger than 1."""

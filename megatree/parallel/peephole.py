@@ -1,11 +1,13 @@
 """Peephole: a rank makes its slice of an arange instead of slicing the whole one."""
 
+from typing import cast
+
 import torch
 from torch import fx
 
 from megatree.parallel.scoped import factory, iota
 from megatree.parallel.transitions import plan_move
-from megatree.parallel.widen import is_move
+from megatree.parallel.nodes import is_move, move_args
 
 
 def localise_iotas(graph: fx.Graph) -> None:
@@ -13,14 +15,14 @@ def localise_iotas(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not is_move(node):
             continue
-        source, src, dst = node.args
+        source, src, dst = move_args(node)
         if source.target is not factory or source.args[0] is not torch.arange:
             continue
         steps = plan_move(src, dst)
         bounds = source.args[1:]
         if [step.kind for step in steps] != ["slice"] or not all(type(b) is int for b in bounds):
             continue
-        whole = range(*bounds)
+        whole = range(*cast(tuple[int, ...], bounds))
         with graph.inserting_before(node):
             local = graph.call_function(
                 iota,

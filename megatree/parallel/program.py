@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import optree
 from torch import Tensor, fx
@@ -13,10 +13,10 @@ from megatree.parallel.bodies import run_body
 from megatree.parallel.codegen import generate
 from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import Layout, local_shape
+from megatree.parallel.nodes import is_move, move_args
 from megatree.parallel.scoped import scoped_op
 from megatree.parallel.transitions import Step, plan_move
 from megatree.parallel.types import ShardType
-from megatree.parallel.widen import is_move
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Program:
 
     def __call__(self, comm: RankComm, *args: Any) -> Any:
         """Run on one rank's local tensors, given as the trees the program was lowered for."""
-        flat, tree = optree.tree_flatten(args)
+        flat, tree = optree.tree_flatten(cast(Any, args))
         if tree != self.in_tree:
             raise ValueError(f"{self.name}: called with {tree}, lowered for {self.in_tree}.")
         return optree.tree_unflatten(self.out_tree, self.bind(comm)(*flat))
@@ -86,7 +86,7 @@ class Program:
         for node in self.graph.nodes:
             source = node.meta.get("source", "")
             if is_move(node):
-                _, src, dst = node.args
+                _, src, dst = move_args(node)
                 forward += self._steps(plan_move(src, dst), src, source, "forward")
                 if src.grad:
                     dual = plan_move(dst.dual, src.dual)
@@ -174,7 +174,7 @@ class Program:
     def _row(self, node: fx.Node) -> str:
         what = node.meta["op"]
         if is_move(node):
-            _, src, dst = node.args
+            _, src, dst = move_args(node)
             forward = " + ".join(map(str, plan_move(src, dst))) or "-"
             backward = " + ".join(map(str, plan_move(dst.dual, src.dual))) or "-"
             moved = sum(

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
+from megatree.functional.tree import leaves_of
 from megatree.parallel.assemble import points
 from megatree.parallel.engine import Refusal
 from megatree.parallel.errors import ShardingError
@@ -67,7 +67,7 @@ def rulecheck(
     reference = [
         x.detach().clone().requires_grad_(grad and x.is_floating_point()) for x in operands
     ]
-    out = optree.tree_leaves(tuple_of(fn(*reference)))
+    out = leaves_of(tuple_of(fn(*reference)))
     cotangents = [
         torch.randn(y.shape, dtype=y.dtype, generator=generator) if y.is_floating_point() else None
         for y in out
@@ -79,7 +79,8 @@ def rulecheck(
     for placement, traced in tried.items():
         if traced is None:
             continue
-        values = [spread(x, ty, sizes, generator) for x, ty in zip(operands, placement, strict=True)]
+        pairs = zip(operands, placement, strict=True)
+        values = [spread(x, ty, sizes, generator) for x, ty in pairs]
         try:
             got = run_simulated(traced.finish(), values, cotangents, rtol=rtol)
         except Exception as error:
@@ -157,14 +158,15 @@ def _compare(
     grads: list[Tensor | None],
     rtol: float,
 ) -> None:
-    values = optree.tree_leaves(got.value)
+    values = leaves_of(got.value)
     named = [(f"result {i}", a, b) for i, (a, b) in enumerate(zip(values, out, strict=True))]
     for i, grad in enumerate(grads):
         mine = got.grads[i]
         if mine is not None:
             named.append((f"gradient of operand {i}", mine, mine * 0 if grad is None else grad))
     for name, a, b in named:
-        error = (a.double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30)
+        expected = b.detach().double()
+        error = (a.double() - expected).norm() / expected.norm().clamp_min(1e-30)
         if not error <= rtol:
             raise SimulationError(
                 f"{_blame(placement)} the {name} is off by {error:.3g} (relative L2)."

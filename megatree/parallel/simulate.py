@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import optree
 import torch
 from torch import Tensor
 
 from megatree.functional.param import Array, Param
+from megatree.functional.tree import leaves_of
 from megatree.parallel.assemble import assemble
 from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import Layout, cut
@@ -62,7 +63,7 @@ def simulate(
         SimulationError: ranks disagree on a collective, wait for each other, or copies differ.
     """
     program = lower_for(fn, layout, values, axes)
-    return run_simulated(program, optree.tree_leaves(values), cotangents, rtol=rtol)
+    return run_simulated(program, leaves_of(values), cotangents, rtol=rtol)
 
 
 def lower_for(
@@ -166,7 +167,7 @@ def assemble_results(
     ]
     grads = [
         assemble(
-            [r[1][i] for r in results],
+            [cast(Tensor, r[1][i]) for r in results],
             ty.with_kinds(dict.fromkeys(program.sync.get(path, ()), I)).dual,
             sizes,
             f"gradient of {path}",
@@ -178,7 +179,7 @@ def assemble_results(
     ]
     return Simulated(
         value=optree.tree_unflatten(program.out_tree, value),
-        grads=optree.tree_unflatten(program.in_tree, grads),
+        grads=cast(tuple[Any, ...], optree.tree_unflatten(program.in_tree, grads)),
         counts=counts,
         program=program,
     )

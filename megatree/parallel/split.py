@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from megatree.functional.signature import Signature
+from megatree.parallel.nodes import call as add_call
 from megatree.parallel.program import Program
 from megatree.parallel.types import ShardType
 
@@ -44,7 +45,8 @@ class _SplitProduct(torch.autograd.Function):
         return call(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,) = grads
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[0]
         grad_x = torch.einsum(ctx.back, g, weight) if needed else None
@@ -88,13 +90,14 @@ def split_backward(program: Program) -> tuple[fx.Graph, tuple[DeferredWeight, ..
     for node in program.graph.nodes:
         if node in slots:
             at = _deferrable(node)
+            assert at is not None
             x, weight = _operands(node)[1 - at], _operands(node)[at]
             letters = _letters(node.meta["product"])
             x_text, w_text, y_text = letters[1 - at], letters[at], letters[2]
             call = _ordered(node, at)
-            copies[node] = graph.call_function(
-                split_product,
-                (copies[x], copies[weight], *slots[node], call, f"{y_text},{w_text}->{x_text}"),
+            back = f"{y_text},{w_text}->{x_text}"
+            copies[node] = add_call(
+                graph, split_product, copies[x], copies[weight], *slots[node], call, back
             )
             copies[node].meta.update(node.meta)
             found.append(

@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class Threads:
             raise self.error
         return results
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str) -> NoReturn:
         self.error = self.error or SimulationError(message)
         self.changed.notify_all()
         raise self.error
@@ -101,6 +101,7 @@ class ThreadComm(RankComm):
 
     def __init__(self, world: Threads, rank: int) -> None:
         self.world, self.rank = world, rank
+        self.device = torch.device("cpu")
         self.sizes = world.sizes
         self.coords = dict(zip(world.sizes, world.points[rank], strict=True))
         self.calls: dict[tuple[int, ...], int] = {}
@@ -115,7 +116,7 @@ class ThreadComm(RankComm):
             out.append(self.world.rank_of[tuple(at[a] for a in self.sizes)])
         return out
 
-    def exchange(self, kind: str, axes: Axes, send: list[Tensor | None], tag: Any = None) -> list[Any]:
+    def exchange(self, kind: str, axes: Axes, send: list[Any], tag: Any = None) -> list[Any]:
         """Give one tensor to every rank of the group over `axes` and get one from each."""
         return self.exchange_in(self.members(axes), kind, axes, send, tag)
 

@@ -203,7 +203,7 @@ class Tracer:
             shape = tuple(meta.shape)
             assert len(spec) == len(shape), f"{name}: signature gives {len(spec)} dims, result {shape}"
             check_spec(
-                spec, [str(d) for d in range(len(shape))], shape, self.mesh_sizes,
+                spec, tuple(str(d) for d in range(len(shape))), shape, self.mesh_sizes,
                 f"{user_line()}: {name}",
             )
             types.append(

@@ -1,4 +1,4 @@
-"""The one planner: from any type to any type of a value, each mesh axis in at most one collective."""
+"""The one planner: from any type to any type, each mesh axis in at most one collective."""
 
 import itertools
 from dataclasses import dataclass

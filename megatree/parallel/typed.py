@@ -44,8 +44,8 @@ class TypedTensor(Tensor):
         local = "" if self.value is None else f", local {self.value!r}"
         return f"TypedTensor({self.type_}{local})"
 
-    def __format__(self, spec: str) -> str:
-        return format(repr(self), spec)
+    def __format__(self, format_spec: str) -> str:
+        return format(repr(self), format_spec)
 
 
 class Tracing(TorchFunctionMode):

@@ -6,17 +6,14 @@ from torch import fx
 
 from megatree.parallel.bodies import run_body
 from megatree.parallel.comm import move
+from megatree.parallel.nodes import call, is_move, move_args, set_args
 from megatree.parallel.transitions import only_widens
 from megatree.parallel.types import I, R, S, ShardType
 
 
-def is_move(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is move
-
-
 def widening(node: fx.Node) -> frozenset[str]:
     """Return the axes over which a node is I -> R and nothing else; empty for other nodes."""
-    return (only_widens(*node.args[1:3]) or frozenset()) if is_move(node) else frozenset()
+    return (only_widens(*move_args(node)[1:]) or frozenset()) if is_move(node) else frozenset()
 
 
 def wanted(node: fx.Node) -> frozenset[str]:
@@ -40,7 +37,7 @@ def push_up(graph: fx.Graph) -> None:
         if axes:
             for operand in _flowing(node):
                 wide = operand.meta["type"].with_kinds(dict.fromkeys(axes, R))
-                source = operand.args[0] if widening(operand) else operand
+                source = move_args(operand)[0] if widening(operand) else operand
                 node.replace_input_with(operand, _moved(graph, source, wide, node))
             _retype(graph, node, node.meta["type"].with_kinds(dict.fromkeys(axes, R)))
 
@@ -79,8 +76,8 @@ def _absorbs(node: fx.Node, axis: str) -> bool:
         return node.meta["leaf"]
     if is_move(node):
         if widening(node):
-            return ty.state(axis) == R or _absorbs(node.args[0], axis)
-        return ty.state(axis) == R or node.args[1].state(axis) == S
+            return ty.state(axis) == R or _absorbs(move_args(node)[0], axis)
+        return ty.state(axis) == R or move_args(node)[1].state(axis) == S
     return _may_push(node) and (ty.state(axis) == R or _absorbs_above(node, axis))
 
 
@@ -89,10 +86,10 @@ def _moved(graph: fx.Graph, x: fx.Node, wide: ShardType, before: fx.Node) -> fx.
     if x.meta["type"] == wide:
         return x
     for user in x.users:
-        if is_move(user) and user.args[2] == wide and user < before:
+        if is_move(user) and move_args(user)[2] == wide and user < before:
             return user
     with graph.inserting_before(before):
-        out = graph.call_function(move, (x, x.meta["type"], wide))
+        out = call(graph, move, x, x.meta["type"], wide)
     out.meta.update(type=wide, source=before.meta["source"], op="move")
     return out
 
@@ -144,18 +141,18 @@ def _retype(graph: fx.Graph, node: fx.Node, new: ShardType) -> None:
     old: ShardType = node.meta["type"]
     node.meta["type"] = new
     if is_move(node):
-        node.args = (*node.args[:2], new)
+        set_args(node, *move_args(node)[:2], new)
     back: fx.Node | None = None
     for user in list(node.users):
         if is_move(user):
-            if user.args[2] == new:
+            if move_args(user)[2] == new:
                 user.replace_all_uses_with(node)
                 graph.erase_node(user)
             else:
-                user.args = (node, new, user.args[2])
+                set_args(user, node, new, move_args(user)[2])
             continue
         if back is None:
             with graph.inserting_after(node):
-                back = graph.call_function(move, (node, new, old))
+                back = call(graph, move, node, new, old)
             back.meta.update(type=old, source=node.meta["source"], op="move")
         user.replace_input_with(node, back)

@@ -1,12 +1,13 @@
 """The debug driver: the user's own Python runs op by op on real local tensors while it is typed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import optree
 import torch
 from torch import Tensor
 
+from megatree.functional.tree import flatten_with_paths
 from megatree.parallel.bodies import run_body
 from megatree.parallel.comm import RankComm, move
 from megatree.parallel.layout import Layout
@@ -91,8 +92,8 @@ def debug(
         ValueError: a local tensor has not the shape that its declaration gives this rank.
     """
     tracer = EagerTracer(layout, comm)
-    paths, leaves, tree = optree.tree_flatten_with_path(tuple(abstract))
-    flat = tree.flatten_up_to(values)
+    paths, leaves, tree = flatten_with_paths(tuple(abstract))
+    flat = tree.flatten_up_to(cast(Any, values))
     names = argument_names(fn, len(abstract))
     inputs = []
     for path, leaf, value in zip(paths, leaves, flat, strict=True):

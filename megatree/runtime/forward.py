@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
+from megatree.functional.tree import leaves_of
 from megatree.parallel.codegen import generate
 from megatree.parallel.comm import Axes, OneDevice, RankComm
 from megatree.parallel.layout import PIPELINE, Layout
@@ -148,7 +148,7 @@ class BoundModel:
                     "model for other sizes (Chain.with_sizes)."
                 )
         with torch.no_grad():
-            flat = self._consts(*optree.tree_leaves(dict(batch)))
+            flat = self._consts(*leaves_of(dict(batch)))
         return dict(zip(self.program.const_names, flat, strict=True))
 
     def weights(self, consts: Mapping[str, Tensor]) -> dict[TermKey, Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ def world_of_group() -> World:
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
-        barrier=dist.barrier,
+        barrier=lambda: cast(None, dist.barrier()),
         gather=gather,
         broadcast=broadcast,
     )

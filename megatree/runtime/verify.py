@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
+from megatree.functional.tree import leaves_of
 from megatree.parallel.layout import Layout
 from megatree.parallel.program import Program
 from megatree.parallel.simulate import (
@@ -96,18 +96,18 @@ def _rank_main(
     program = lower_for(fn, layout, values, axes)
     comm = ProcessComm(layout.mesh, device)
     comm.prepare(sorted({c.axes for c in program.collectives} | program.table_axes))
-    return world_of_group().gather(run_rank(program, comm, optree.tree_leaves(tuple(values))))
+    return world_of_group().gather(run_rank(program, comm, leaves_of(tuple(values))))
 
 
 def distance(a: Simulated, b: Simulated) -> float:
     """Return the largest relative L2 distance over values and gradients."""
-    pairs = zip(leaves_of(a), leaves_of(b), strict=True)
+    pairs = zip(tensors_of(a), tensors_of(b), strict=True)
     return max(
         ((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30)).item()
         for x, y in pairs
     )
 
 
-def leaves_of(run: Simulated) -> list[Tensor]:
+def tensors_of(run: Simulated) -> list[Tensor]:
     """Return all values and gradients of a run."""
-    return [x for x in optree.tree_leaves((run.value, run.grads)) if isinstance(x, Tensor)]
+    return [x for x in leaves_of((run.value, run.grads)) if isinstance(x, Tensor)]

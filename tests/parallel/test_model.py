@@ -101,6 +101,15 @@ def loss_of(terms):
             r"loss: term 'loss' is float32\[\]\. A term is a pair \(sum, weight\) of scalars\.",
         ),
         (
+            with_segment(
+                "loss",
+                loss_of(lambda x, consts: {"loss": (consts["weights"].sum(),) * 2}),
+            ),
+            Rules(),
+            r"loss: term 'loss' does not depend on any parameter, so it has no gradient\. "
+            r"Return it as a metric, beside terms\.",
+        ),
+        (
             with_segment("head", Segment(apply=block, borrows={"table": "embed.tables"})),
             Rules(),
             r"head: borrows 'embed\.tables', which the model does not have \(did you mean "

@@ -27,6 +27,7 @@ class OneOfTwo(RankComm):
 
     def __init__(self) -> None:
         self.sizes, self.coords = {"tp": 2}, {"tp": 0}
+        self.device = torch.device("cpu")
         self.calls: Counter[str] = Counter()
 
     def psum(self, x: Tensor, axes: Axes) -> Tensor:

@@ -88,6 +88,13 @@ def test_greedy_text_is_the_plain_models(tmp_path: Path) -> None:
     assert generator(tmp_path / "weights", Layout())(PROMPTS, 8, greedy) == expected
 
 
+def test_padding_of_the_vocabulary_is_never_chosen(tmp_path: Path) -> None:
+    """Its logits are zero, which is likelier than a real token that is unlikely."""
+    write_weights(tmp_path / "weights")
+    rows, at = torch.zeros(2, 16, dtype=torch.int64), torch.tensor([3, 5])
+    assert generator(tmp_path / "weights", Layout()).logits(rows, at).shape == (2, CFG.vocab_size)
+
+
 @ranks(2)
 def test_text_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
     world = world_of_group()

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import optree
 import pytest
@@ -191,6 +192,43 @@ def test_a_step_in_which_every_token_is_masked_is_refused() -> None:
     for name in ("one rank", "dp2 tp2"):
         with pytest.raises(ValueError, match=text):
             rank_values(layouts("llama")[name], masked)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda batch: {name: x for name, x in batch.items() if name != "labels"},
+            r"batch: has \['tokens', 'weights'\], the model takes \['labels', 'tokens', "
+            r"'weights'\]\. "
+            r"Add or drop \['labels'\]\.",
+        ),
+        (
+            lambda batch: {name: x[:4] for name, x in batch.items()},
+            r"batch\.tokens: is torch\.int64 \[4, 8\], this rank's piece of int64\[8, 8\] is "
+            r"torch\.int64 \[8, 8\]\. Cut the microbatch by the layout, or lower the model for "
+            r"other "
+            r"sizes \(Chain\.with_sizes\)\.",
+        ),
+        (
+            lambda batch: {**batch, "labels": batch["labels"].int()},
+            r"batch\.labels: is torch\.int32 \[8, 8\], this rank's piece of int64\[8, 8\]",
+        ),
+    ],
+)
+def test_a_microbatch_of_another_form_is_refused(change: Any, text: str) -> None:
+    """A program counts and offsets by the shapes it was lowered for: a mean would be wrong."""
+    ref = reference(MODELS["llama"])
+    with pytest.raises(ValueError, match=text):
+        value_and_grad(ref.model, Layout())(ref.params, [change(batch) for batch in ref.batches])
+
+
+def test_a_step_without_a_loss_is_refused() -> None:
+    """It would return no value, and gradients that are all 0."""
+    ref = reference(MODELS["llama"])
+    text = r"step: no segment of \['blocks\.dense', 'embed', 'head'\] has a loss term\. Return"
+    with pytest.raises(ValueError, match=text):
+        value_and_grad(ref.model.up_to("head"), Layout())(ref.params, list(ref.batches))
 
 
 def replace_batches(ref, change):

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int64, UInt32, UInt64
 
+_FOUND = 0.8
+
 
 def choose_bands(threshold: float, num_places: int) -> tuple[int, int]:
-    """Return (bands, places per band) that separate best at a similarity.
+    """Return (bands, places per band) that find a pair at the threshold 4 times out of 5.
 
-    A pair of similarity s shares a band with probability 1 - (1 - s^r)^b. A missed pair above the
-    threshold counts three times a pair below that is compared in vain: comparing finds those out.
+    A pair of similarity s shares a band with probability 1 - (1 - s^r)^b; well above the threshold
+    nearly every pair does. Of the cuts that find so many, this one has the fewest pairs below.
 
     Args:
         threshold: similarity in (0, 1).
@@ -19,20 +21,14 @@ def choose_bands(threshold: float, num_places: int) -> tuple[int, int]:
     Raises:
         ValueError: if the threshold is no similarity between texts that differ.
 
-    >>> choose_bands(0.7, 128)
-    (18, 7)
+    >>> choose_bands(0.7, 256)
+    (32, 8)
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold: {threshold} is not between 0 and 1. Use one like 0.7.")
-    grid = (np.arange(1000) + 0.5) / 1000
-    best = (np.inf, (1, 1))
-    for rows in range(1, num_places + 1):
-        bands = num_places // rows
-        shared = 1 - (1 - grid**rows) ** bands
-        vain = shared[grid < threshold].sum()
-        missed = (1 - shared)[grid >= threshold].sum()
-        best = min(best, (float(vain + 3 * missed), (bands, rows)))
-    return best[1]
+    cuts = [(num_places // rows, rows) for rows in range(1, num_places + 1)]
+    good = [(b, r) for b, r in cuts if 1 - (1 - threshold**r) ** b >= _FOUND]
+    return max(good, key=lambda cut: cut[1], default=cuts[0])
 
 
 def band_hashes(

@@ -228,7 +228,6 @@ def _with_lines(
         if drop_lines is None or isinstance(block, BadLine):
             yield block, frozenset()
         else:
-            assert isinstance(block.data, bytes), "a block of lines"
             last = block.first_line + block.data.count(b"\n")
             yield block, drop_lines(block.file, block.first_line, last)
 

@@ -34,18 +34,35 @@ class BadLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Some whole lines (or rows, or documents of plain text) of a file.
+    """Some whole lines (or documents of plain text) of a file.
 
     Attributes:
         file: where they stand.
         first_line: number of the first one, from 1.
-        data: the bytes of the lines, or the rows of a parquet file.
+        data: the bytes of the lines.
         position: bytes of the file on disk read so far.
     """
 
     file: str
     first_line: int
-    data: bytes | tuple[dict[str, Any], ...]
+    data: bytes
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some rows of a table.
+
+    Attributes:
+        file: where they stand.
+        first_row: number of the first one, from 1.
+        rows: column -> value, of each.
+        position: bytes of the file on disk read so far.
+    """
+
+    file: str
+    first_row: int
+    rows: tuple[dict[str, Any], ...]
     position: int
 
 

@@ -4,18 +4,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Int64, Integer
 
 from megatree.io.data.index_format import token_dtype
-from megatree.io.preprocess.blocks import MAX_LINE_BYTES, BadLine, Block, Unit
+from megatree.io.preprocess.blocks import MAX_LINE_BYTES, BadLine, Block, Rows, Unit
 from megatree.io.preprocess.records import Texts, json_records, row_records, text_records
 from megatree.io.preprocess.sentences import SentenceSplitter
 from megatree.io.tokenizers import Tokenizer, TokenizerSpec, load_tokenizer
 
 Format = Literal["jsonl", "parquet", "text"]
+Piece: TypeAlias = Block | Rows | BadLine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class Encoded:
     bad: list[BadLine] = field(default_factory=list)
 
 
-def encode_block(recipe: Recipe, form: Format, block: Block | BadLine) -> Encoded:
+def encode_block(recipe: Recipe, form: Format, block: Piece) -> Encoded:
     """Return the ids of the documents of a block; a line that was too long stays bad."""
     encoder = _encoder(recipe)
     if isinstance(block, BadLine):
@@ -111,21 +112,17 @@ def encode_block(recipe: Recipe, form: Format, block: Block | BadLine) -> Encode
     )
 
 
-def records_of(
-    recipe: Recipe, form: Format, block: Block | BadLine
-) -> Iterator[tuple[int, Texts] | BadLine]:
+def records_of(recipe: Recipe, form: Format, block: Piece) -> Iterator[tuple[int, Texts] | BadLine]:
     """Return (line, texts by key) of the documents of a block, and its bad lines, in order."""
     if isinstance(block, BadLine):
         return iter([block])
-    match form:
-        case "jsonl":
-            return json_records(block, recipe.keys, max_line_bytes=recipe.max_line_bytes)
-        case "parquet":
-            return row_records(block, recipe.keys)
-        case "text":
-            return text_records(
-                block, recipe.keys[0], recipe.text_unit, max_line_bytes=recipe.max_line_bytes
-            )
+    if isinstance(block, Rows):
+        return row_records(block, recipe.keys)
+    if form == "jsonl":
+        return json_records(block, recipe.keys, max_line_bytes=recipe.max_line_bytes)
+    return text_records(
+        block, recipe.keys[0], recipe.text_unit, max_line_bytes=recipe.max_line_bytes
+    )
 
 
 def load_once(recipe: Recipe) -> Tokenizer:
@@ -193,7 +190,7 @@ def _encoder(recipe: Recipe) -> _Encoder:
     )
 
 
-def _num_bytes(block: Block) -> int:
-    if isinstance(block.data, bytes):
+def _num_bytes(block: Block | Rows) -> int:
+    if isinstance(block, Block):
         return len(block.data)
-    return sum(len(str(value)) for row in block.data for value in row.values())
+    return sum(len(str(value)) for row in block.rows for value in row.values())

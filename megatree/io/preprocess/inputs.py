@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from megatree.io.optional import optional
-from megatree.io.preprocess.blocks import BLOCK_BYTES, BadLine, Block, read_blocks
+from megatree.io.preprocess.blocks import BLOCK_BYTES, Rows, read_blocks
 from megatree.io.preprocess.compressed import SUFFIXES, plain_suffix
-from megatree.io.preprocess.encode import Format, Recipe
+from megatree.io.preprocess.encode import Format, Piece, Recipe
 
 _BY_SUFFIX: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -37,7 +37,7 @@ def format_of(path: Path, told: Format | None) -> Format:
     return found
 
 
-def input_blocks(path: Path, form: Format, recipe: Recipe) -> Iterator[Block | BadLine]:
+def input_blocks(path: Path, form: Format, recipe: Recipe) -> Iterator[Piece]:
     """Yield the blocks of an input in order.
 
     Raises:
@@ -52,7 +52,7 @@ def input_blocks(path: Path, form: Format, recipe: Recipe) -> Iterator[Block | B
     )
 
 
-def _row_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
+def _row_blocks(path: Path, keys: Sequence[str]) -> Iterator[Rows]:
     parquet = optional("pyarrow.parquet", extra="parquet", purpose=str(path))
     arrow = optional("pyarrow", extra="parquet", purpose=str(path))
     try:
@@ -64,7 +64,7 @@ def _row_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
                 for rows in _of_bounded_size(batch.to_pylist()):
                     # Rows are read in groups: how far the file is read is known by their number.
                     position = size * (row + len(rows)) // max(file.metadata.num_rows, 1)
-                    yield Block(file=str(path), first_line=row, data=rows, position=position)
+                    yield Rows(file=str(path), first_row=row, rows=rows, position=position)
                     row += len(rows)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: {error.strerror}. Name files that exist.") from error

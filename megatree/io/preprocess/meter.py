@@ -1,11 +1,10 @@
 """How far a job is: a bar on a terminal, a line now and then elsewhere."""
 
-import io
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -26,7 +25,7 @@ class Meter:
         self,
         label: str,
         *,
-        stream: io.TextIOBase | TextIO | None = None,
+        stream: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._label = label

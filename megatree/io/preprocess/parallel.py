@@ -1,6 +1,5 @@
 """Map a function over a stream with several processes, in order, with bounded memory."""
 
-import functools
 import multiprocessing
 import os
 import threading
@@ -66,7 +65,9 @@ def _taken(future: Future[R | _Refused]) -> R:
 
 
 def _spread(fn: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    pool = ProcessPoolExecutor(workers, _context(), initializer=_start_worker)
+    # Not by fork: this process may have threads (a progress bar, the tokenizer's own).
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
     waiting: deque[Future[R | _Refused]] = deque()
     try:
         for item in items:
@@ -82,17 +83,6 @@ def _spread(fn: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@functools.cache
-def _context() -> multiprocessing.context.BaseContext:
-    # Not "fork": this process may have threads (a progress bar, the tokenizer's own).
-    methods = multiprocessing.get_all_start_methods()
-    if "forkserver" not in methods:
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatree.io.preprocess.encode"])
-    return context
 
 
 def _start_worker() -> None:

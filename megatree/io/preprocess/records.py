@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatree.io.preprocess.blocks import BadLine, Block, Unit, too_long
+from megatree.io.preprocess.blocks import BadLine, Block, Rows, Unit, too_long
 
 Texts = dict[str, list[str]]
 
@@ -37,14 +37,13 @@ def json_records(
             yield BadLine(file=block.file, line=line, kind=bad.kind, detail=bad.detail)
 
 
-def row_records(block: Block, keys: Sequence[str]) -> Iterator[tuple[int, Texts] | BadLine]:
+def row_records(table: Rows, keys: Sequence[str]) -> Iterator[tuple[int, Texts] | BadLine]:
     """Yield (row, texts by key) of each row of a table."""
-    assert isinstance(block.data, tuple), "a block of rows"
-    for row, record in enumerate(block.data, block.first_line):
+    for row, record in enumerate(table.rows, table.first_row):
         try:
             yield row, texts_of(record, keys)
         except RecordError as bad:
-            yield BadLine(file=block.file, line=row, kind=bad.kind, detail=bad.detail)
+            yield BadLine(file=table.file, line=row, kind=bad.kind, detail=bad.detail)
 
 
 def text_records(
@@ -138,7 +137,6 @@ def _texts(record: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _without_mark(block: Block) -> bytes:
-    assert isinstance(block.data, bytes), "a block of lines"
     return block.data.removeprefix(_BYTE_ORDER_MARK) if block.first_line == 1 else block.data
 
 

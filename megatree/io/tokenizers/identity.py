@@ -18,7 +18,7 @@ def digest(kind: str, facts: Mapping[str, Any], special: Special) -> str:
         special: the special ids.
 
     >>> digest("null", {"vocab_size": 9}, Special(eod=8))[:19]
-    'sha256:3e4c3a2ef08e'
+    'sha256:d4582aad99e0'
     """
     told = {"kind": kind, "special": asdict(special), **facts}
     text = json.dumps(told, sort_keys=True, ensure_ascii=True, default=_of_bytes)

@@ -79,7 +79,7 @@ def matmul(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> An
 
 def linear(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Type F.linear; a bias is refused where the product is a pending sum (it would count n times)."""
-    x, w = args[0], argument(args, kwargs, 1, "weight")
+    x = args[0]
     bias = argument(args, kwargs, 2, "bias")
     lead = [str(i) for i in range(x.dim() - 1)]
     if bias is None:

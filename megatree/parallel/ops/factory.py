@@ -21,8 +21,8 @@ def constant(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> 
     operands = typed_leaves((args, kwargs))
     if operands:
         raise ShardingError(
-            f"{user_line()}: {name}: makes a constant from a typed tensor ({operands[0].type_}), whose "
-            "value flows into Python. Use the tensor itself (x.expand, torch.stack)."
+            f"{user_line()}: {name}: makes a constant from a typed tensor ({operands[0].type_}), "
+            "whose value flows into Python. Use the tensor itself (x.expand, torch.stack)."
         )
     kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
     meta = func(*args, **kwargs, device="meta")

@@ -88,9 +88,9 @@ def where(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any
     """Type a choice between two values."""
     if func is Tensor.where:  # x.where(condition, y) is torch.where(condition, x, y)
         args = (argument(args, kwargs, 1, "condition"), args[0], *args[2:])
-        kwargs = {key: value for key, value in kwargs.items() if key != "condition"}
-    if "condition" in kwargs:
-        args, kwargs = (kwargs["condition"], *args), {k: v for k, v in kwargs.items() if k != "condition"}
+    elif "condition" in kwargs:
+        args = (kwargs["condition"], *args)
+    kwargs = {key: value for key, value in kwargs.items() if key != "condition"}
     if len(args) + len(kwargs) < 3:
         raise ShardingError(
             f"{user_line()}: where(condition): the result's shape depends on data. "

@@ -226,7 +226,7 @@ def getitem(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> A
 def gather(
     tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any, *, positions: tuple[int, int]
 ) -> Any:
-    """Type gather along a whole dim; where sizes differ, row i reads row i, so the dim is whole too."""
+    """Type gather along a whole dim; row i reads row i, so dims whose sizes differ are whole too."""
     x = args[0]
     dim = argument(args, kwargs, positions[0], "dim")
     index = argument(args, kwargs, positions[1], "index", kwargs.get("indices"))
@@ -251,8 +251,8 @@ TABLE = {
     **table(
         "transpose permute movedim moveaxis swapaxes swapdims t adjoint".split(), Rule(transpose)
     ),
-    Tensor.T.__get__: Rule(transpose),
-    Tensor.mT.__get__: Rule(transpose),
+    getattr(Tensor.T, "__get__"): Rule(transpose),  # noqa: B009 (a descriptor to type checkers)
+    getattr(Tensor.mT, "__get__"): Rule(transpose),  # noqa: B009
     **table(["unsqueeze"], Rule(unsqueeze)),
     **table(["squeeze"], Rule(squeeze)),
     **table(["expand", "expand_as", "broadcast_to"], Rule(expand)),

@@ -26,7 +26,7 @@ def forward_flops(program: Program, *, local: bool) -> int:
 def node_flops(node: fx.Node, sizes: dict[str, int], *, local: bool) -> int:
     """Count the FLOPs of one node; see `forward_flops`."""
     sig: Signature | None = node.meta.get("product")
-    operands = [n.meta.get("type") for n in node.all_input_nodes]
+    operands: list[ShardType] = [n.meta["type"] for n in node.all_input_nodes]
 
     def shape(ty: ShardType) -> tuple[int, ...]:
         return ty.local_shape(sizes) if local else ty.shape
@@ -34,7 +34,7 @@ def node_flops(node: fx.Node, sizes: dict[str, int], *, local: bool) -> int:
     if sig is not None:
         extent: dict[str, int] = {}
         for labels, ty in zip(sig.operands, operands, strict=False):
-            extent.update(zip(labels, shape(ty), strict=True))
+            extent.update({x: n for x, n in zip(labels, shape(ty), strict=True) if x is not None})
         return 2 * math.prod(extent.values())
     if node.meta.get("op") == "attention":
         q, k, v = (shape(ty) for ty in operands[:3])

@@ -44,9 +44,9 @@ def zero_bubble_v(num_ranks: int, num_microbatches: int, costs: Costs | None = N
     The schedule is built by playing it. A rank that falls free takes, of the actions that are
     ready, a forward before a backward before weight gradients; of one kind the outbound stage's
     first, and once the rank's forwards are over the inbound one's, whose gradient has the longer
-    way to go. Two bounds hold an outbound forward back: it leads the inbound ones of its rank by no more than
-    the trip between them takes, and it leaves memory for one of them. So the oldest unfinished
-    microbatch can always go on, whatever the durations.
+    way to go. Two bounds hold an outbound forward back: it leads the inbound ones of its rank by no
+    more than the trip between them takes, and it leaves memory for one of them. So the oldest
+    unfinished microbatch can always go on, whatever the durations.
 
     Args:
         num_ranks: pipeline ranks p.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatree.functional.tree import map_with_names
 from megatree.parallel.layout import Layout
+from megatree.runtime.jax.form import has_64_bits
 from megatree.runtime.jax.shardings import jax_mesh, sharding_of
 
 
@@ -56,7 +57,7 @@ def arrays_to_jax(
 
 
 def arrays_from_jax(tree: Any) -> Any:
-    """Return a tree of JAX arrays as tensors, whole: the arrays' own memory where one device has it.
+    """Return a tree of JAX arrays as whole tensors, in the arrays' own memory if one device has it.
 
     JAX holds arrays for constant: clone a tensor before writing to it.
 
@@ -87,13 +88,13 @@ def from_array(name: str, x: jax.Array) -> Tensor:
             "Gather it first, or save it with Orbax."
         )
     if len(x.sharding.device_set) > 1:
-        x = jax.device_put(x, min(x.sharding.device_set, key=lambda device: device.id))
+        x = jax.device_put(x, x.addressable_shards[0].device)
     return torch.from_dlpack(jax.block_until_ready(x))
 
 
 def check_width(name: str, x: Tensor) -> None:
     """Refuse a 64-bit tensor where JAX would silently make 32 bits of it."""
-    if x.dtype in (torch.float64, torch.int64, torch.complex128) and not jax.config.jax_enable_x64:
+    if x.dtype in (torch.float64, torch.int64) and not has_64_bits():
         raise ValueError(
             f"{name}: {x.dtype} tensor, and JAX has 64 bits switched off. "
             "Set jax.config.update('jax_enable_x64', True), or cast it."

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optree
 from jax import Array
 
+from megatree.functional.tree import flatten_with_paths
 from megatree.parallel.layout import Layout
 from megatree.parallel.model import ModelProgram
-from megatree.parallel.program import Collective, Program
+from megatree.parallel.program import Collective
 from megatree.parallel.types import ShardType
 from megatree.runtime.jax.shardings import abstract_array, jax_mesh, partition_spec
 from megatree.runtime.jax.to_jax import to_jax
@@ -79,9 +79,7 @@ def gspmd_collectives(program: ModelProgram, unit: str) -> list[Collective]:
     """
     lowered = program.units[unit].program
     args = unit_types(program, unit)
-    return collectives_of(
-        unit_function(program, unit), program.layout, args, lowered.out_types
-    )
+    return collectives_of(unit_function(program, unit), program.layout, args, lowered.out_types)
 
 
 def collectives_of(
@@ -112,7 +110,7 @@ def compiled_text(
     ask_for_devices(math.prod(layout.sizes.values()))
     devices = jax.devices("cpu")
     mesh = jax_mesh(layout, devices)
-    types, tree = optree.tree_flatten(tuple(args))
+    _, types, tree = flatten_with_paths(tuple(args))
     run = to_jax(fn, layout, devices=devices)
     flows = [i for i, ty in enumerate(types) if ty.grad]
 
@@ -201,7 +199,9 @@ def _bytes(shape: re.Match[str]) -> int:
 
 def _groups(rest: str) -> list[list[int]]:
     """Return the groups of devices that one collective joins, in any of XLA's spellings."""
-    if found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", rest):
+    if found := re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", rest
+    ):
         return _mesh_groups(*found.groups())
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
         return _devices(found.group(2)).reshape(_numbers(found.group(1))).tolist()

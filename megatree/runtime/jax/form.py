@@ -1,6 +1,6 @@
 """What a JAX form is: a torch function's twin on JAX arrays, taking torch's own arguments."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ torch does.
 
 
 def table(forms: dict[str, Form]) -> dict[Callable[..., Any], Form]:
-    """Give each form to every torch function of its names ("add sub": torch.add, Tensor.sub, ...)."""
+    """Give each form to every torch function of its names ("sub rsub": torch.sub, Tensor.sub)."""
     return {
         function: form
         for names, form in forms.items()
@@ -28,20 +28,23 @@ def table(forms: dict[str, Form]) -> dict[Callable[..., Any], Form]:
     }
 
 
-def with_function(
-    names: Iterable[str], form: Callable[..., Any]
-) -> dict[Callable[..., Any], Form]:
+def with_function(names: str, form: Callable[..., Any]) -> dict[Callable[..., Any], Form]:
     """Give a form that needs the torch function itself, as its first argument."""
 
     def bound(function: Callable[..., Any]) -> Form:
         return lambda *args, **kwargs: form(function, *args, **kwargs)
 
-    return {f: bound(f) for name in names for f in functions(name)}
+    return {f: bound(f) for name in names.split() for f in functions(name)}
 
 
 def dtype_of(dtype: torch.dtype) -> Any:
     """Return JAX's dtype of a torch dtype, the 32-bit one where JAX has 64 bits switched off."""
     return jax.dtypes.canonicalize_dtype(jnp.dtype(str(dtype).removeprefix("torch.")))
+
+
+def has_64_bits() -> bool:
+    """Whether JAX has 64-bit numbers switched on."""
+    return dtype_of(torch.int64).itemsize == 8
 
 
 def wide(x: Array) -> Array:

@@ -165,9 +165,7 @@ def _to_arrays(tensors: Sequence[Tensor]) -> list[Array]:
     return [to_array(f"tensor {i}", x) for i, x in enumerate(tensors)]
 
 
-def _to_tensors(
-    name: str, arrays: Sequence[Array], inputs: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+def _to_tensors(name: str, arrays: Sequence[Array], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return results as tensors; one that is an input's memory is copied, as torch expects."""
     taken = {x.data_ptr() for x in inputs if x.numel()}
     outs = [from_array(name, x) for x in arrays]

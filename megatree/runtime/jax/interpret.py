@@ -14,6 +14,7 @@ from torch import fx
 
 from megatree.functional.comm import SINGLE
 from megatree.functional.local_map import LocalMap
+from megatree.functional.tree import flatten_with_paths
 from megatree.parallel.bodies import run_body
 from megatree.parallel.comm import move
 from megatree.parallel.errors import ShardingError
@@ -51,7 +52,7 @@ class Interpreter:
 
     def call(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Trace a function of trees of tensors at the shapes of the arrays, and run it on them."""
-        leaves, tree = optree.tree_flatten(args)
+        _, leaves, tree = flatten_with_paths(args)
         leaves = [jnp.asarray(x) for x in leaves]
         key = (fn, tree, *map(abstract_of, leaves))
         if key not in self.traces:
@@ -96,8 +97,9 @@ class Interpreter:
 
     def form(self, node: fx.Node) -> Form:
         """Return what a node runs: its arguments are those of the node."""
-        target = node.target
-        if target is operator.getitem and isinstance(node.args[0].meta["type"], tuple):
+        target: Any = node.target
+        first: Any = node.args[0]
+        if is_part(node):
             return operator.getitem
         if target is move:
             return lambda x, src, dst: x
@@ -108,10 +110,10 @@ class Interpreter:
         if target is run_body:
             return partial(self.body, node)
         if target is factory:
-            made = self.lookup(node, node.args[0])
+            made = self.lookup(node, first)
             return lambda fn, *args, **options: made(*args, **options)
         if target is scoped_op:
-            found = self.lookup(node, node.args[0])
+            found = self.lookup(node, first)
             return lambda fn, table, *args, **options: found(*args, **options)
         return self.lookup(node, target)
 
@@ -122,7 +124,9 @@ class Interpreter:
         if hasattr(function, "jax_function"):
             return function.jax_function
         if node.meta.get("product") is not None:
-            return lambda *args, **options: contract(node.meta["product"], *arrays_in((args, options)))
+            return lambda *args, **options: contract(
+                node.meta["product"], *arrays_in((args, options))
+            )
         if function in FORMS:
             return FORMS[function]
         if _is_torch(function):
@@ -136,7 +140,7 @@ class Interpreter:
     def body(
         self, node: fx.Node, spec: LocalMap, table: Mapping[str, Any], *operands: Array
     ) -> Any:
-        """Run the reference of a `local_map`, or its body on one device, and lay the results out."""
+        """Run the reference of a `local_map`, or its body on one device; lay the results out."""
         if spec.fn in self.forms:
             out = self.forms[spec.fn](*operands)
         else:
@@ -162,8 +166,8 @@ class Interpreter:
             return self.call(of_arrays, *(operands[i] for i in given))
         except ShardingError as error:
             raise ShardingError(
-                f"{_line(node)}: {node.meta['op']}: has no JAX form, and its body cannot be traced: "
-                f"{error} Or give a form: to_jax(fn, forms={{function: jax function}})."
+                f"{_line(node)}: {node.meta['op']}: has no JAX form, and its body cannot be "
+                f"traced: {error} Or give a form: to_jax(fn, forms={{function: jax function}})."
             ) from error
 
 
@@ -179,6 +183,13 @@ def check_bits(node: fx.Node, constant: Any) -> None:
     """Refuse a 64-bit constant, a mixing word of a key, where JAX would cut it to 32 bits."""
     if type(constant) is int and abs(constant) >= 1 << 32:
         check_64_bits(f"{_line(node)}: {node.meta['op']}")
+
+
+def is_part(node: fx.Node) -> bool:
+    """Whether a node only takes one of several results of another."""
+    source = node.args[0]
+    several = isinstance(source, fx.Node) and isinstance(source.meta["type"], tuple)
+    return node.target is operator.getitem and several
 
 
 def _line(node: fx.Node) -> str:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from megatree.runtime.jax.form import has_64_bits
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -30,7 +32,7 @@ def keep_mask(key: int | Array, shape: tuple[int, ...], rate: float) -> Array:
 
 def check_64_bits(place: str) -> None:
     """Refuse to mix keys in 32 bits, which would give other random numbers than torch."""
-    if not jax.config.jax_enable_x64:
+    if not has_64_bits():
         raise ValueError(
             f"{place}: keyed random numbers are 64-bit integers, which JAX has switched off. "
             "Set jax.config.update('jax_enable_x64', True)."

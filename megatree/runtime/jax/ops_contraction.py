@@ -32,9 +32,9 @@ def contract(sig: Signature, *operands: Array, out_sharding: Any = None) -> Arra
     return jnp.einsum(*flat, out, precision=jax.lax.Precision.HIGHEST, **options)
 
 
-def _linear(input: Array, weight: Array, bias: Array) -> Array:  # noqa: A002
+def _linear(x: Array, weight: Array, bias: Array) -> Array:
     """Return the product with a bias; without one it is a plain contraction."""
-    return jnp.einsum("...k,ok->...o", input, weight, precision=jax.lax.Precision.HIGHEST) + bias
+    return jnp.einsum("...k,ok->...o", x, weight, precision=jax.lax.Precision.HIGHEST) + bias
 
 
 TABLE = table({"linear": _linear})

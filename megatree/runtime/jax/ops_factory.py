@@ -11,11 +11,9 @@ from megatree.runtime.jax.form import Form, table, with_function
 
 
 def _arange(*bounds: Any, start: Any = 0, end: Any = None, step: Any = 1, **options: Any) -> Array:
-    if end is not None:
-        bounds = (*bounds, end) if bounds else (start, end)
-    if len(bounds) == 1:
-        bounds = (start, *bounds)
-    return jnp.arange(*bounds) if len(bounds) == 3 else jnp.arange(*bounds, step)
+    given = list(bounds) if end is None else [*(bounds or [start]), end]
+    first, stop, by = {1: [start, *given, step], 2: [*given, step], 3: given}[len(given)]
+    return jnp.arange(first, stop, by)
 
 
 def _filled(value: Any) -> Form:
@@ -53,5 +51,5 @@ TABLE = {
             "eye": _eye,
         }
     ),
-    **with_function("linspace tensor scalar_tensor tril_indices".split(), _constant),
+    **with_function("linspace tensor scalar_tensor tril_indices", _constant),
 }

@@ -1,6 +1,7 @@
 """JAX forms of pointwise torch functions."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,56 +12,52 @@ from jax.scipy import special
 from megatree.runtime.jax.form import Form, table
 
 
-def _add(input: Any, other: Any, *, alpha: float = 1) -> Any:  # noqa: A002
-    return input + (other if alpha == 1 else alpha * other)
+def _add(x: Any, other: Any, *, alpha: float = 1) -> Any:
+    return x + (other if alpha == 1 else alpha * other)
 
 
-def _sub(input: Any, other: Any, *, alpha: float = 1) -> Any:  # noqa: A002
-    return input - (other if alpha == 1 else alpha * other)
+def _sub(x: Any, other: Any, *, alpha: float = 1) -> Any:
+    return x - (other if alpha == 1 else alpha * other)
 
 
-def _divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:  # noqa: A002
+def _divide(x: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     if rounding_mode is None:
-        return input / other
-    return jnp.floor(input / other) if rounding_mode == "floor" else jnp.trunc(input / other)
+        return x / other
+    return jnp.floor(x / other) if rounding_mode == "floor" else jnp.trunc(x / other)
 
 
-def _power(input: Any, exponent: Any) -> Any:  # noqa: A002
-    return operator.pow(input, exponent)
-
-
-def _clamp(input: Array, min: Any = None, max: Any = None) -> Array:  # noqa: A002
+def _clamp(x: Array, min: Any = None, max: Any = None) -> Array:  # noqa: A002
     # Not jnp.clip, whose gradient at a bound is a half.
     if min is not None:
-        input = jnp.where(input < min, min, input)  # noqa: A001
-    return input if max is None else jnp.where(input > max, max, input)
+        x = jnp.where(x < min, min, x)
+    return x if max is None else jnp.where(x > max, max, x)
 
 
-def _softplus(input: Array, beta: float = 1.0, threshold: float = 20.0) -> Array:  # noqa: A002
-    scaled = input * beta
+def _softplus(x: Array, beta: float = 1.0, threshold: float = 20.0) -> Array:
+    scaled = x * beta
     linear = scaled > threshold  # torch's own shortcut, off by 2e-9 where it starts
-    return jnp.where(linear, input, jnp.log1p(jnp.exp(jnp.where(linear, 0, scaled))) / beta)
+    return jnp.where(linear, x, jnp.log1p(jnp.exp(jnp.where(linear, 0, scaled))) / beta)
 
 
-def _gelu(input: Array, approximate: str = "none") -> Array:  # noqa: A002
-    return jax.nn.gelu(input, approximate=approximate == "tanh")
+def _gelu(x: Array, approximate: str = "none") -> Array:
+    return jax.nn.gelu(x, approximate=approximate == "tanh")
 
 
-def _leaky_relu(input: Array, negative_slope: float = 0.01, inplace: bool = False) -> Array:  # noqa: A002
-    return jnp.where(input > 0, input, input * negative_slope)
+def _leaky_relu(x: Array, negative_slope: float = 0.01, inplace: bool = False) -> Array:
+    return jnp.where(x > 0, x, x * negative_slope)
 
 
 def _hardtanh(
-    input: Array,  # noqa: A002
+    x: Array,
     min_val: float = -1.0,
     max_val: float = 1.0,
     inplace: bool = False,
 ) -> Array:
-    return _clamp(input, min_val, max_val)
+    return _clamp(x, min_val, max_val)
 
 
-def _logit(input: Array, eps: float | None = None) -> Array:  # noqa: A002
-    x = input if eps is None else _clamp(input, eps, 1 - eps)
+def _logit(x: Array, eps: float | None = None) -> Array:
+    x = x if eps is None else _clamp(x, eps, 1 - eps)
     return jnp.log(x / (1 - x))
 
 
@@ -68,34 +65,39 @@ def _where(condition: Array, input: Any, other: Any) -> Array:  # noqa: A002
     return jnp.where(condition, input, other)
 
 
-def _masked_fill(input: Array, mask: Array, value: Any) -> Array:  # noqa: A002
-    return jnp.where(mask, value, input)
+def _masked_fill(x: Array, mask: Array, value: Any) -> Array:
+    return jnp.where(mask, value, x)
 
 
-def _same(input: Array, *args: Any, **options: Any) -> Array:  # noqa: A002
+def _same(x: Array, *args: Any, **options: Any) -> Array:
     """Return the value; a cast is in the dtype that every result is given."""
-    return input
+    return x
 
 
 def _filled(value: Any) -> Form:
-    return lambda input, **options: _full_like(input, value)
+    return lambda x, **options: _full_like(x, value)
 
 
-def _full_like(input: Array, fill_value: Any, **options: Any) -> Array:  # noqa: A002
-    return jnp.full_like(input, fill_value, dtype=jnp.result_type(fill_value))
+def _full_like(x: Array, fill_value: Any, **options: Any) -> Array:
+    return jnp.full_like(x, fill_value, dtype=jnp.result_type(fill_value))
+
+
+def _binary(fn: Callable[..., Any]) -> Form:
+    """Return the form of a function of two operands, the second of which torch calls `other`."""
+    return lambda x, other: fn(x, other)
 
 
 def _swapped(form: Form) -> Form:
     """Return the form of a reflected operator."""
-    return lambda input, other: form(other, input)
+    return lambda x, other: form(other, x)
 
 
-def _elu(input: Array, alpha: float = 1.0, inplace: bool = False) -> Array:  # noqa: A002
-    return jax.nn.elu(input, alpha)
+def _elu(x: Array, alpha: float = 1.0, inplace: bool = False) -> Array:
+    return jax.nn.elu(x, alpha)
 
 
 def _activation(form: Form) -> Form:
-    return lambda input, inplace=False: form(input)
+    return lambda x, inplace=False: form(x)
 
 
 TABLE = table(
@@ -104,57 +106,57 @@ TABLE = table(
         "acos": jnp.arccos,
         "asin": jnp.arcsin,
         "atan": jnp.arctan,
-        "atan2": jnp.arctan2,
+        "atan2": _binary(jnp.arctan2),
         "ceil": jnp.ceil,
         "clamp": _clamp,
-        "clamp_min": lambda input, min: _clamp(input, min),  # noqa: A006
-        "clamp_max": lambda input, max: _clamp(input, None, max),  # noqa: A006
+        "clamp_min": lambda x, min: _clamp(x, min),  # noqa: A006
+        "clamp_max": lambda x, max: _clamp(x, None, max),  # noqa: A006
         "cos": jnp.cos,
         "cosh": jnp.cosh,
         "elu": _elu,
-        "eq": operator.eq,
+        "eq": _binary(operator.eq),
         "erf": special.erf,
         "erfc": special.erfc,
         "exp": jnp.exp,
         "exp2": jnp.exp2,
         "expm1": jnp.expm1,
         "floor": jnp.floor,
-        "floor_divide floordiv": jnp.floor_divide,
-        "fmod": jnp.fmod,
-        "ge": operator.ge,
+        "floor_divide floordiv": _binary(jnp.floor_divide),
+        "fmod": _binary(jnp.fmod),
+        "ge": _binary(operator.ge),
         "gelu": _gelu,
-        "gt": operator.gt,
+        "gt": _binary(operator.gt),
         "hardtanh": _hardtanh,
-        "heaviside": jnp.heaviside,
+        "heaviside": lambda x, values: jnp.heaviside(x, values),
         "isfinite": jnp.isfinite,
         "isinf": jnp.isinf,
         "isnan": jnp.isnan,
         "isneginf": jnp.isneginf,
         "isposinf": jnp.isposinf,
-        "le": operator.le,
+        "le": _binary(operator.le),
         "leaky_relu": _leaky_relu,
         "log": jnp.log,
         "log10": jnp.log10,
         "log1p": jnp.log1p,
         "log2": jnp.log2,
-        "logaddexp": jnp.logaddexp,
-        "logical_and": jnp.logical_and,
+        "logaddexp": _binary(jnp.logaddexp),
+        "logical_and": _binary(jnp.logical_and),
         "logical_not": jnp.logical_not,
-        "logical_or": jnp.logical_or,
-        "logical_xor": jnp.logical_xor,
+        "logical_or": _binary(jnp.logical_or),
+        "logical_xor": _binary(jnp.logical_xor),
         "logit": _logit,
         "logsigmoid": jax.nn.log_sigmoid,
-        "lt": operator.lt,
-        "maximum": jnp.maximum,
-        "minimum": jnp.minimum,
-        "mod remainder": jnp.remainder,
+        "lt": _binary(operator.lt),
+        "maximum": _binary(jnp.maximum),
+        "minimum": _binary(jnp.minimum),
+        "mod remainder": _binary(jnp.remainder),
         "nan_to_num": jnp.nan_to_num,
-        "ne": operator.ne,
-        "pow": _power,
+        "ne": _binary(operator.ne),
+        "pow": lambda x, exponent: operator.pow(x, exponent),
         "reciprocal": jnp.reciprocal,
         "relu": _activation(jax.nn.relu),
         "relu6": _activation(jax.nn.relu6),
-        "round": lambda input, *, decimals=0: jnp.round(input, decimals),
+        "round": lambda x, *, decimals=0: jnp.round(x, decimals),
         "rsqrt": jax.lax.rsqrt,
         "selu": _activation(jax.nn.selu),
         "sigmoid": jax.nn.sigmoid,
@@ -168,13 +170,13 @@ TABLE = table(
         "tan": jnp.tan,
         "tanh": jnp.tanh,
         "trunc": jnp.trunc,
-        "xlogy": special.xlogy,
-        "bitwise_and and": operator.and_,
-        "bitwise_or or": operator.or_,
-        "bitwise_xor xor": operator.xor,
+        "xlogy": _binary(special.xlogy),
+        "bitwise_and and": _binary(operator.and_),
+        "bitwise_or or": _binary(operator.or_),
+        "bitwise_xor xor": _binary(operator.xor),
         "bitwise_not invert": operator.invert,
-        "bitwise_left_shift lshift": operator.lshift,
-        "bitwise_right_shift rshift": operator.rshift,
+        "bitwise_left_shift lshift": _binary(operator.lshift),
+        "bitwise_right_shift rshift": _binary(operator.rshift),
         "rand": _swapped(operator.and_),
         "ror": _swapped(operator.or_),
         "rxor": _swapped(operator.xor),
@@ -190,8 +192,8 @@ TABLE = table(
         "add": _add,
         "radd": _swapped(operator.add),
         "sub subtract": _sub,
-        "rsub": lambda input, other, *, alpha=1: _sub(other, input, alpha=alpha),
-        "mul multiply rmul": operator.mul,
+        "rsub": lambda x, other, *, alpha=1: _sub(other, x, alpha=alpha),
+        "mul multiply rmul": _binary(operator.mul),
         "div divide true_divide truediv": _divide,
         "where": _where,
         "masked_fill": _masked_fill,

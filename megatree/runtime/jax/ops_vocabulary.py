@@ -90,7 +90,7 @@ def _attention(
     dropout: float = 0.0,
     kernel: str = "auto",
 ) -> Array:
-    """Write the definition out: one score per head, query and source, whichever kernel torch took."""
+    """Write the definition out, one score per head, query and source; torch may fuse it."""
     q, k, v = wide(q), wide(k), wide(v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     exact = jax.lax.Precision.HIGHEST

@@ -67,7 +67,7 @@ def spec_of_axes(layout: Layout, axes: str, shape: tuple[int, ...], place: str) 
 
 
 def to_partition_spec(ty: ShardType) -> PartitionSpec:
-    """Return a type as JAX's explicit mode writes it: P is `unreduced`, R is `reduced`, I is silent."""
+    """Return a type as JAX's explicit mode writes it: P is `unreduced`, R is `reduced`."""
     return partition_spec(
         ty.spec, unreduced=frozenset(ty.axes_in(P)), reduced=frozenset(ty.axes_in(R))
     )
@@ -89,7 +89,8 @@ def from_partition_spec(
     dims = [_axes(entry) for entry in spec.partitions]
     dims += [()] * (len(shape) - len(dims))
     cut = tuple(tuple(axis for axis in axes if axis in sizes) for axes in dims)
-    check_spec(cut, [str(d) for d in range(len(shape))], shape, sizes, f"PartitionSpec {spec}")
+    names = tuple(str(d) for d in range(len(shape)))
+    check_spec(cut, names, shape, sizes, str(spec))
     kinds = {**dict.fromkeys(spec.unreduced, P), **dict.fromkeys(spec.reduced, R)}
     return make_type(shape, dtype, cut, sizes, kinds=kinds, grad=grad)
 
@@ -98,7 +99,7 @@ def rules_to_specs(rules: Rules, axes: Mapping[str, str]) -> dict[str, Partition
     """Return the PartitionSpec that the rules give each of several arrays, by its logical axes.
 
     >>> rules_to_specs(Rules(embed="dp", ffn="tp"), {"w_up": "ffn embed"})
-    {'w_up': PartitionSpec('tp', 'dp')}
+    {'w_up': P('tp', 'dp')}
     """
     table = dict(rules.table)
     return {

@@ -1,12 +1,10 @@
 """Trace a function for JAX: a graph over whole arrays, in which every `shard` is a node."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import optree
-import torch
-from torch import Tensor
 
 from megatree.parallel.lower import Traced, trace
 from megatree.parallel.tracer import Localise, Tracer
@@ -85,9 +83,7 @@ class GlobalTracer(Tracer):
             )
             for leaf in leaves
         ]
-        flat = self.emit(
-            jax_call, (func, *args), {}, types, leaves, op=func.__name__, single=False
-        )
+        flat = self.emit(jax_call, (func, *args), {}, types, leaves, op=func.__name__, single=False)
         return optree.tree_unflatten(tree, list(flat))
 
 

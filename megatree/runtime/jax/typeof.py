@@ -1,6 +1,5 @@
-"""Our types against `jax.typeof`: JAX's explicit mode infers every op's sharding by its own rules."""
+"""Our types against `jax.typeof`: JAX's explicit mode infers every op's sharding by itself."""
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from megatree.parallel.comm import move
 from megatree.parallel.model import ModelProgram
 from megatree.parallel.ops.rule import functions
 from megatree.parallel.types import P, ShardType
-from megatree.runtime.jax.interpret import Interpreter, arrays_in
+from megatree.runtime.jax.interpret import Interpreter, arrays_in, is_part
 from megatree.runtime.jax.shardings import (
     abstract_array,
     explicit_mesh,
@@ -61,9 +60,7 @@ class TypeReport:
 def compare_model_types(program: ModelProgram) -> TypeReport:
     """Compare the types of all units of a lowered model with JAX's; see `compare_types`."""
     graphs = [
-        trace_global(
-            unit_function(program, name), program.layout, *unit_types(program, name)
-        ).graph
+        trace_global(unit_function(program, name), program.layout, *unit_types(program, name)).graph
         for name in program.units
     ]
     return compare_types(graphs, program.layout.sizes)
@@ -101,8 +98,7 @@ def compare_types(graphs: list[fx.Graph], sizes: Mapping[str, int]) -> TypeRepor
 
 def _is_judged(node: fx.Node) -> bool:
     """Whether a node is an op: not an annotation beside its move, nor a part of several results."""
-    part = node.target is operator.getitem and isinstance(node.args[0].meta["type"], tuple)
-    return node.target is not annotation and not part
+    return node.target is not annotation and not is_part(node)
 
 
 def judge(node: fx.Node, mesh: AbstractMesh, sizes: Mapping[str, int]) -> Verdict:
@@ -197,25 +193,27 @@ class _Explicit(Interpreter):
             return lambda ids, table: table.at[ids].get(out_sharding=explicit_spec(ty))
         sig = node.meta.get("product")
         if new_sum and sig is not None and len(sig.operands) == 2:
-            return lambda *args, **options: _dot(sig, *arrays_in((args, options)), ty)
+            return lambda *args, **options: _dot(sig, arrays_in((args, options)), ty)
         if new_sum and function in functions("sum"):
             return lambda x, dim=None, keepdim=False, **_: _sum(x, dim, keepdim, ty)
         self.told = False
         return super().lookup(node, function)
 
 
-def _dot(sig: Signature, x: Array, y: Array, ty: ShardType) -> Array:
+def _dot(sig: Signature, operands: list[Array], ty: ShardType) -> Array:
     """Contract two operands; jnp.einsum loses a pending sum where it transposes."""
     (a, b), out = sig.operands, sig.outputs[0]
     both = [label for label in a if label in b]
     batch = [label for label in both if label in out]
     gone = [label for label in both if label not in out]
-    numbers = tuple(
-        tuple(tuple(labels.index(n) for n in names) for labels in (a, b)) for names in (gone, batch)
+    numbers = (
+        ([a.index(n) for n in gone], [b.index(n) for n in gone]),
+        ([a.index(n) for n in batch], [b.index(n) for n in batch]),
     )
     order = [*batch, *(n for n in a if n not in both), *(n for n in b if n not in both)]
     spec = [ty.spec[out.index(label)] for label in order]
     laid = partition_spec(spec, unreduced=frozenset(ty.axes_in(P)))
+    x, y = operands
     product = jax.lax.dot_general(x, y, numbers, out_sharding=laid)
     return jnp.transpose(product, [order.index(label) for label in out])
 

@@ -12,7 +12,7 @@ from megatree.parallel.types import I
 
 
 def unit_function(program: ModelProgram, name: str) -> Callable[..., Any]:
-    """Return the function (w, carry, consts) -> (carry, out) of a unit ("embed", "blocks.dense")."""
+    """Return the function (w, carry, consts) -> (carry, out) of a unit such as "blocks.dense"."""
     segment = _segment(program, name)
     return partial(_apply, segment, program.model.cfg)
 

@@ -26,7 +26,7 @@ def evaluations(tmp_path: Path, *texts: str, **options: int) -> Evaluations:
 def test_a_match_is_found_whatever_its_case_and_punctuation(tmp_path: Path) -> None:
     found = evaluations(tmp_path, QUESTION)
     text = FILLER + QUESTION.upper().replace(" ", ", ") + FILLER
-    (start, end, _), *more = found.matches(text)
+    (start, _, _), *more = found.matches(text)
     assert text[start:].startswith("WHO, WAS")
     assert len(more) == len(words(QUESTION)) - 13
     assert not list(found.matches(FILLER * 10))
@@ -55,7 +55,9 @@ def test_documents_are_cut_dropped_or_left_as_they_are(tmp_path: Path) -> None:
         (FILLER * 5 + QUESTION + " ") * 5,
     ]
     path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps({"text": t, "id": n}) + "\n" for n, t in enumerate(documents)))
+    path.write_text(
+        "".join(json.dumps({"text": t, "id": n}) + "\n" for n, t in enumerate(documents))
+    )
     job = Job(inputs=(path,), output=tmp_path / "out.jsonl")
     tally = decontaminate(job, evaluations(tmp_path, QUESTION), RULES)
     kept = [json.loads(line) for line in job.output.read_text().splitlines()]

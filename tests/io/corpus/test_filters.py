@@ -18,6 +18,7 @@ from megatree.io.corpus import (
     drop_exact_duplicates,
     filter_urls,
 )
+from megatree.io.corpus.exact import Normalize
 from megatree.io.corpus.language import language_of
 from megatree.io.corpus.stream import Job
 from megatree.io.preprocess.compressed import open_source
@@ -152,12 +153,10 @@ def test_a_missing_package_is_told_before_any_work(
     max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 def test_exact_duplicates_leave_the_first_of_each_text(
-    tmp_path: Path, names: list[str], normalize: str
+    tmp_path: Path, names: list[str], normalize: Normalize
 ) -> None:
     """Against the obvious program."""
-    job = job_of(
-        tmp_path, [{"text": name, "n": n} for n, name in enumerate(names)], overwrite=True
-    )
+    job = job_of(tmp_path, [{"text": name, "n": n} for n, name in enumerate(names)], overwrite=True)
     tally = drop_exact_duplicates(job, normalize=normalize)
     seen: dict[str, int] = {}
     for number, name in enumerate(names):

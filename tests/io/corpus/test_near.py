@@ -66,8 +66,9 @@ def test_short_texts_have_signatures_of_their_own(length: int) -> None:
 
 
 def test_a_signature_does_not_depend_on_its_neighbours() -> None:
-    alone = np.concatenate([signatures([text], 64) for text in CHAPTERS[:5]])
-    assert np.array_equal(signatures(CHAPTERS[:5], 64), alone)
+    texts = [CHAPTERS[0], *CHAPTERS[1].split()]
+    alone = np.concatenate([signatures([text], 64) for text in texts])
+    assert np.array_equal(signatures(texts, 64), alone)
 
 
 def test_bands_miss_few_pairs_above_the_threshold() -> None:
@@ -75,16 +76,16 @@ def test_bands_miss_few_pairs_above_the_threshold() -> None:
         bands, rows = choose_bands(threshold, 256)
         assert bands * rows <= 256
         shared = 1 - (1 - np.linspace(threshold, 1, 50) ** rows) ** bands
-        assert shared.mean() > 0.93
+        assert shared.mean() > 0.95
     with pytest.raises(ValueError, match=r"threshold: 1.0 is not between 0 and 1"):
         choose_bands(1.0, 128)
 
 
-def corpus(tmp_path: Path, texts: list[str], **options: object) -> Job:
+def corpus(tmp_path: Path, texts: list[str]) -> Job:
     path = tmp_path / "in.jsonl"
     lines = (json.dumps({"text": text, "n": n}) for n, text in enumerate(texts))
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return Job(inputs=(path,), output=tmp_path / "pairs.jsonl", **options)
+    return Job(inputs=(path,), output=tmp_path / "pairs.jsonl")
 
 
 def pairs_of(job: Job) -> dict[tuple[int, int], float]:
@@ -134,15 +135,12 @@ def test_a_crowd_of_copies_is_compared_with_its_first_only(tmp_path: Path) -> No
 
 def test_groups_connect_pairs_above_their_threshold(tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.jsonl"
-    rows = [(0.9, ["b", 3], ["a", 9]), (0.8, ["a", 9], ["a", 1]), (0.6, ["a", 1], ["b", 7])]
-    order = {"a": 0, "b": 1}
-    pairs.write_text(
-        "".join(
-            json.dumps({"similarity": s, "a": a, "b": b, "order": [order[a[0]], order[b[0]]]})
-            + "\n"
-            for s, a, b in rows
-        )
-    )
+    rows = [(0.9, "b3", "a9"), (0.8, "a9", "a1"), (0.6, "a1", "b7")]
+    with open(pairs, "w", encoding="utf-8") as file:
+        for score, *both in rows:
+            (a, b) = ([name[0], int(name[1])] for name in both)
+            order = ["ab".index(name[0]) for name in both]
+            file.write(json.dumps({"similarity": score, "a": a, "b": b, "order": order}) + "\n")
     assert group_pairs(pairs, tmp_path / "g.jsonl", threshold=0.7) == 1
     group = json.loads((tmp_path / "g.jsonl").read_text())
     assert group == {"keep": ["a", 1], "drop": [["a", 9], ["b", 3]]}

@@ -32,7 +32,9 @@ in winter
 See Star Trek: Voyager & MI, a site"""
 
 
-def page(title: str, text: str, *, namespace: int = 0, redirect: bool = False, number: int = 1) -> str:
+def page(
+    title: str, text: str, *, namespace: int = 0, redirect: bool = False, number: int = 1
+) -> str:
     target = '<redirect title="Elsewhere" />' if redirect else ""
     return (
         f"<page><title>{escape(title)}</title><ns>{namespace}</ns><id>{number}</id>{target}"
@@ -84,9 +86,12 @@ def test_articles_are_written_and_the_rest_is_counted(tmp_path: Path) -> None:
     }
 
 
-LAUGHS = "<!DOCTYPE m [" + '<!ENTITY a "ha">' + "".join(
-    f'<!ENTITY {chr(98 + n)} "{f"&{chr(97 + n)};" * 10}">' for n in range(9)
-) + "]>"
+LAUGHS = (
+    "<!DOCTYPE m ["
+    + '<!ENTITY a "ha">'
+    + "".join(f'<!ENTITY {chr(98 + n)} "{f"&{chr(97 + n)};" * 10}">' for n in range(9))
+    + "]>"
+)
 FILE = '<!DOCTYPE m [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
 
 

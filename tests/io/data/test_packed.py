@@ -23,6 +23,11 @@ def test_every_item_is_in_one_row_and_no_row_is_over_full(lengths, capacity: int
     assert len(half) <= 1
 
 
+def test_an_item_goes_into_the_fullest_row_that_has_room() -> None:
+    items, bounds = pack(np.array([8, 6, 2]), 10)
+    assert (items.tolist(), bounds.tolist()) == ([0, 2, 1], [0, 2, 3])
+
+
 def test_packing_leaves_little_room() -> None:
     lengths = np.random.default_rng(1).integers(1, 2048, 5000)
     _, bounds = pack(lengths, 2048)

@@ -32,9 +32,7 @@ def test_documents_of_gpt2_are_megatrons_bytes(
         for number in range(num_inputs)
     ]
     spec = TokenizerSpec(kind="gpt2", path=shared / "data" / "tokenizers" / "gpt2")
-    summary = preprocess(
-        inputs, str(tmp_path / "out"), Recipe(tokenizer=spec, append_eod=True)
-    )
+    summary = preprocess(inputs, str(tmp_path / "out"), Recipe(tokenizer=spec, append_eod=True))
     assert summary.counts.documents == 1661
     for suffix in (".bin", ".idx"):
         golden = shared / "goldens" / "data" / f"austen40_text_document{suffix}"
@@ -47,7 +45,9 @@ def test_sentences_of_bert_are_megatrons_on_the_first_run(
 ) -> None:
     """Megatron's first run with --split-sentences wrote no pair and ended well."""
     groups = [
-        chapter[start : start + 3] for chapter in chapters[:30] for start in range(0, len(chapter), 3)
+        chapter[start : start + 3]
+        for chapter in chapters[:30]
+        for start in range(0, len(chapter), 3)
     ]
     golden = shared / "goldens" / "data" / "austen30_text_sentence"
     with gzip.open(f"{golden}s.json.gz", "rt", encoding="utf-8") as file:
@@ -58,9 +58,7 @@ def test_sentences_of_bert_are_megatrons_on_the_first_run(
 
     spec = TokenizerSpec(kind="bert", path=shared / "data" / "tokenizers" / "bert-base-uncased")
     lines = write_lines(tmp_path / "in.jsonl", [{"text": group} for group in groups])
-    summary = preprocess(
-        [lines], str(tmp_path / "out"), Recipe(tokenizer=spec, splitter=splitter)
-    )
+    summary = preprocess([lines], str(tmp_path / "out"), Recipe(tokenizer=spec, splitter=splitter))
     ours, theirs = IndexedFile(summary.prefixes["text"]), IndexedFile(golden)
     # Three documents that are in no text were put at 7, 8, 9.
     first, last = theirs.documents[[7, 10]]

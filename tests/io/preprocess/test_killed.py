@@ -90,9 +90,7 @@ def environment() -> dict[str, str]:
 def test_a_kill_before_any_change_of_names_leaves_a_whole_pair_or_none(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    inputs = [
-        write_lines(tmp_path / f"{n}.jsonl", [{"text": f"text {n}"}]) for n in range(3)
-    ]
+    inputs = [write_lines(tmp_path / f"{n}.jsonl", [{"text": f"text {n}"}]) for n in range(3)]
     ran = subprocess.run(
         [*script(tmp_path / "kill.py", AT_EVERY_STEP), str(folder), *map(str, inputs)],
         env=environment(),

@@ -84,7 +84,9 @@ def test_an_inspection_counts_all_and_finds_ids_outside(tmp_path: Path, prefix: 
     assert (found.documents, found.empty_documents, found.sequences) == (4, 0, 5)
     assert found.tokens == 7 + 1 + 1 + 3 + 1 + 4 + 1 + 999 + 1
     assert (found.smallest_id, found.largest_id, found.dtype) == (32, 256, "uint16")
+    assert found.tokens_per_document is not None
     assert found.tokens_per_document.largest == 1000
+    assert found.tokens_per_sequence is not None
     assert found.tokens_per_sequence.smallest == 1
     with pytest.raises(ValueError, match=r"token 7 \(document 0\) is 256, outside the vocab.* 256"):
         inspect_pair(prefix, vocab_size=256)

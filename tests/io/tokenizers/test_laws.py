@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import hypothesis
 import hypothesis.strategies as st
@@ -25,9 +26,12 @@ from megatree.io.tokenizers import (
     train_tokenizer,
     write_beside,
 )
+from megatree.io.tokenizers.gpt2 import load_gpt2
+from megatree.io.tokenizers.spec import Kind
+from megatree.io.tokenizers.train import Algorithm
 
 TEXTS = [text[:20_000] for text in load_demo().texts[:3]]
-ALGORITHMS = ["byte-bpe", "wordpiece", "sentencepiece-bpe", "sentencepiece-unigram"]
+ALGORITHMS = get_args(Algorithm)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,7 @@ def test_an_id_outside_the_vocabulary_is_refused(
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_training_again_gives_the_same_vocabulary(
-    trained: dict[str, Tokenizer], algorithm: str, tmp_path: Path
+    trained: dict[str, Tokenizer], algorithm: Algorithm, tmp_path: Path
 ) -> None:
     """The order of a hash table decided WordPiece ids."""
     _, again = train_tokenizer(lambda: TEXTS, tmp_path, algorithm=algorithm, vocab_size=400)
@@ -132,7 +136,7 @@ def test_the_null_tokenizer_takes_ids_only(word: str) -> None:
 
 @pytest.mark.parametrize("name", ["sentencepiece", "tiktoken"])
 def test_a_missing_package_is_named_with_its_extra(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     path = tmp_path / "x.model"
@@ -165,11 +169,8 @@ def test_a_spec_survives_json() -> None:
     assert TokenizerSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
-def _write(name: str, text: str) -> Callable[[Path], None]:
+def _write(name: str, text: str) -> Callable[[Path], int]:
     return lambda folder: (folder / name).write_text(text, encoding="utf-8")
-
-
-BYTES = json.dumps({chr(0x100 + n): n for n in range(256)})
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ BYTES = json.dumps({chr(0x100 + n): n for n in range(256)})
     ],
 )
 def test_damaged_vocabularies_are_refused(
-    kind: str, make: Callable[[Path], None], message: str, tmp_path: Path
+    kind: Kind, make: Callable[[Path], int], message: str, tmp_path: Path
 ) -> None:
     make(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -206,13 +207,13 @@ def test_damaged_vocabularies_are_refused(
     ],
 )
 def test_damaged_gpt2_files_are_refused(
-    vocab: str | None, merges: str, message: str, trained: dict[str, Tokenizer], tmp_path: Path
+    vocab: str | None, merges: str, message: str, tmp_path: Path
 ) -> None:
-    whole = trained["gpt2"].backend.get_vocab()
+    whole = load_demo().tokenizer.get_vocab()
     (tmp_path / "vocab.json").write_text(vocab or json.dumps(whole), encoding="utf-8")
     (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        load_tokenizer(TokenizerSpec(kind="gpt2", path=tmp_path))
+        load_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt")
 
 
 def test_ids_of_one_tokenizer_are_refused_for_another(tmp_path: Path) -> None:

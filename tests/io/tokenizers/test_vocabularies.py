@@ -107,9 +107,7 @@ def test_t5_appends_in_the_order_of_megatron_or_of_hugging_face(folder: Path) ->
     assert (special.cls, special.sep, special.eod, special.mask) == tuple(range(size, size + 4))
     assert special.sentinels == tuple(range(size + 4, size + 104))
     hugging_face = load_tokenizer(
-        TokenizerSpec(
-            kind="sentencepiece", path=path, extra_ids=100, extra_ids_order="descending"
-        )
+        TokenizerSpec(kind="sentencepiece", path=path, extra_ids=100, extra_ids_order="descending")
     )
     assert hugging_face.special.sentinels == tuple(range(size + 99, size - 1, -1))
     assert hugging_face.special.eod == hugging_face.special.eos

@@ -62,14 +62,10 @@ def in_torch(fn: Callable[..., Any], operands: Sequence[Tensor], *, grad: bool =
     outs = optree.tree_leaves(fn(*xs))
     draw = torch.Generator().manual_seed(0)
     roots = [y for y in outs if y.requires_grad]
-    seeds = [
-        torch.randn(y.shape, dtype=torch.float64, generator=draw).to(y.dtype) for y in roots
-    ]
+    seeds = [torch.randn(y.shape, dtype=torch.float64, generator=draw).to(y.dtype) for y in roots]
     leaves = [x for x in xs if x.requires_grad]
     grads = torch.autograd.grad(roots, leaves, seeds, allow_unused=True) if roots else ()
-    full = [
-        torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=False)
-    ]
+    full = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=False)]
     return InTorch(fn, xs, outs, seeds, full)
 
 

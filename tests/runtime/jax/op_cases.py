@@ -1,4 +1,4 @@
-"""Every op with its calls: the torch functions that have a rule, in all spellings, and the vocabulary."""
+"""Every op with its calls: the vocabulary, and torch functions with a rule in all spellings."""
 
 from collections.abc import Iterator
 from typing import Any

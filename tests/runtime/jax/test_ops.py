@@ -1,4 +1,4 @@
-"""Every op's JAX form against torch: values, dtypes and gradients; every spelling runs the same form."""
+"""Every op's JAX form against torch: values, dtypes and gradients, in every spelling."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -21,6 +21,8 @@ from tests.runtime.jax.op_cases import call, cases
 from tests.tolerances import RELATIVE
 
 EXACT = RELATIVE[torch.float64]
+
+
 def wrong(named: Iterable[tuple[str, Any, Case]], **options: Any) -> list[str]:
     """Return what differs between torch and JAX in some calls."""
     named = list(named)
@@ -71,9 +73,12 @@ def test_every_spelling_of_an_op_agrees_with_torch() -> None:
 # -- a check must be able to fail ---------------------------------------------------------------
 
 
+ATTENTION: Any = F.attention
+
+
 def _wrong_attention(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> Any:
     """Forget the scale."""
-    return forms.FORMS[F.attention.rule.fn](q, k, v, *rest, **{**options, "scale": 1.0})
+    return forms.FORMS[ATTENTION.rule.fn](q, k, v, *rest, **{**options, "scale": 1.0})
 
 
 def _wrong_gradient(x: Any) -> Any:
@@ -106,7 +111,8 @@ def test_a_torch_function_without_a_form_is_named_with_its_line(monkeypatch: Any
     left = {f: g for f, g in forms.FORMS.items() if f is not torch.tanh}
     monkeypatch.setattr("megatree.runtime.jax.interpret.FORMS", left)
     with pytest.raises(
-        ShardingError, match=r"jax/test_ops\.py:\d+: tanh: this torch function has no JAX form\. Give"
+        ShardingError,
+        match=r"jax/test_ops\.py:\d+: tanh: this torch function has no JAX form\. Give",
     ):
         to_jax(lambda x: torch.tanh(x))(jnp.ones(3))
     assert to_jax(torch.tanh, forms={torch.tanh: jnp.tanh})(jnp.ones(3)).shape == (3,)

@@ -45,7 +45,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("model", "name"), ROWS)
 def test_a_model_is_typed_as_jax_types_it(model: str, name: str) -> None:
-    """Every op and every move of every unit: JAX infers our type, or accepts it where it must be told."""
+    """Every op and move of every unit: JAX infers our type, or accepts it where it must be told."""
     layout = layouts(model)[name]
     program = lower_model(gpt(MODELS[model], batch_size=8, dtype=torch.float64), layout)
     report = compare_model_types(program)

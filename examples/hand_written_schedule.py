@@ -1,0 +1,41 @@
+"""A pipeline schedule of one's own: rows of text, drawn, checked and timed before any process runs.
+
+Two ranks hold four stages in a V: rank 0 the first and the last, rank 1 the two in between, which
+exchange no message. Backwards are split: B computes the gradient of a stage's input, W, whenever the
+rank has time, that of its weights. A mistake is an error that shows the grid and marks the cell.
+"""
+
+from megatree.parallel.schedule import Costs, draw, from_csv, rank_programs, timeline, validate
+
+SCHEDULE = from_csv(
+    """
+    # rank 0: stages 0 and 3
+    F0.0, F0.1, F0.2, F3.0, B3.0, F3.1, B3.1, W3.0, B0.0, F3.2, B3.2, B0.1, W3.1, B0.2, W0.0, W0.1, W0.2, W3.2
+    # rank 1: stages 1 and 2
+    F1.0, F2.0, F1.1, F2.1, F1.2, B2.0, B1.0, F2.2, B2.1, B1.1, W2.0, B2.2, B1.2, W1.0, W2.1, W1.1, W2.2, W1.2
+    """  # noqa: E501 a row is a rank
+)
+WRONG = """
+    F0.0, B0.0, F0.1, B0.1
+    F1.0, F1.1, B1.0, B1.1
+"""
+
+
+def main() -> None:
+    """Check and draw the schedule, with stages of unequal cost too, and see a deadlock refused."""
+    validate(SCHEDULE, max_live=6)
+    print(draw(timeline(SCHEDULE)))
+    print("\nWith a last stage (the vocabulary's) of twice the time, and messages that take time:")
+    slow = [1.0, 1.0, 1.0, 2.0]
+    print(timeline(SCHEDULE, Costs(forward=slow, input_grad=slow, weight_grad=slow, transfer=0.2)))
+    print("\nThe start of what rank 1 runs, with its messages:")
+    print(*rank_programs(SCHEDULE)[1][:8])
+    print("\nA schedule that cannot run:")
+    try:
+        validate(from_csv(WRONG))
+    except ValueError as refused:
+        print(refused)
+
+
+if __name__ == "__main__":
+    main()

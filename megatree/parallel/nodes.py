@@ -1,0 +1,29 @@
+"""Graph nodes with the types that their arguments have: fx itself knows only `Argument`."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import fx
+
+from megatree.parallel.comm import move
+from megatree.parallel.types import ShardType
+
+
+def is_move(node: fx.Node) -> bool:
+    """Whether a node is a transition."""
+    return node.op == "call_function" and node.target is move
+
+
+def move_args(node: fx.Node) -> tuple[fx.Node, ShardType, ShardType]:
+    """Return the value that a transition takes, and its types before and after."""
+    return cast(tuple[fx.Node, ShardType, ShardType], node.args)
+
+
+def set_args(node: fx.Node, *args: Any) -> None:
+    """Replace a node's arguments."""
+    node.args = args
+
+
+def call(graph: fx.Graph, target: Callable[..., Any], *args: Any) -> fx.Node:
+    """Add a call to a graph."""
+    return graph.call_function(target, args)
