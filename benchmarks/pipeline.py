@@ -55,7 +55,12 @@ def main() -> None:
             print(f"  {name:<19}{cells}")
             for m, (bubble, live) in zip(counts, results, strict=True):
                 report(
-                    "bubble", schedule=name, ranks=p, microbatches=m, bubble=bubble, live=float(live)
+                    "bubble",
+                    schedule=name,
+                    ranks=p,
+                    microbatches=m,
+                    bubble=bubble,
+                    live=float(live),
                 )
 
 

@@ -1,8 +1,8 @@
 """A pipeline schedule of one's own: rows of text, drawn, checked and timed before any process runs.
 
 Two ranks hold four stages in a V: rank 0 the first and the last, rank 1 the two in between, which
-exchange no message. Backwards are split: B computes the gradient of a stage's input, W, whenever the
-rank has time, that of its weights. A mistake is an error that shows the grid and marks the cell.
+exchange no message. Backwards are split: B computes the gradient of a stage's input, W that of its
+weights, whenever the rank has time. A mistake is an error that shows the grid and marks the cell.
 """
 
 from megatree.parallel.schedule import Costs, draw, from_csv, rank_programs, timeline, validate

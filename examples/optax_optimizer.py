@@ -1,10 +1,8 @@
 """An optax optimizer drives our parameters: with gradients by torch, and all in JAX over a mesh.
 
-Parameters are a plain tree of tensors, so any optimizer that takes a tree of arrays will do.
-`arrays_to_jax` and `arrays_from_jax` hand the tree over without a copy: torch computes gradients,
-optax updates, step after step. Then JAX does all of it: the same model through `to_jax`, with the
-parameters cut over four devices by the layout's rules, and optax's state cut like them since it is
-made of them. Both give the same losses.
+Parameters are a plain tree of tensors, so any optimizer that takes a tree of arrays will do, and
+`arrays_to_jax` and `arrays_from_jax` hand the tree over without a copy. Then JAX does all of it:
+the same model through `to_jax`, its parameters and so optax's state cut over four devices by rules.
 """
 
 import jax

@@ -163,7 +163,9 @@ def gib(size: int) -> str:
 
 
 def differences(a: object, b: object, place: str = "") -> list[tuple[str, str, str]]:
-    """Return (field, before, after) of every leaf that differs between two plans as plain values."""
+    """Return (field, before, after) of every leaf that differs between two plans as plain
+    values.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         keys = list(dict.fromkeys([*a, *b]))
         pairs = [(f"{place}.{k}" if place else str(k), a.get(k), b.get(k)) for k in keys]

@@ -1,4 +1,6 @@
-"""`shard` and `as_partial`: the only two annotations in a model; on plain tensors both are the identity."""
+"""`shard` and `as_partial`: the only two annotations in a model; on plain tensors both are the
+identity.
+"""
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -15,7 +17,7 @@ def shard(x: Tensor, axes: str) -> Tensor:
 
     Args:
         x: a tensor of any shape.
-        axes: one logical axis name per dim, separated by blanks; "_" leaves a dim unnamed and whole;
+        axes: one logical axis name per dim, separated by blanks; "_" leaves a dim unnamed;
             "" for a scalar.
 
     Returns:
@@ -29,14 +31,16 @@ def shard(x: Tensor, axes: str) -> Tensor:
     names = axis_names(axes, "shard")
     if len(names) != x.dim():
         raise ValueError(
-            f"shard: {axes!r} names {len(names)} axes, the value has {x.dim()} dims {tuple(x.shape)}. "
+            f"shard: {axes!r} names {len(names)} axes, the value has {x.dim()} dims "
+            f"{tuple(x.shape)}. "
             "Give one name per dim."
         )
     return x
 
 
 def as_partial(x: Tensor, axis: str) -> Tensor:
-    """Turn a value that all ranks share into a pending sum over a logical axis (kept on coordinate 0).
+    """Turn a value that all ranks share into a pending sum over a logical axis (kept on
+    coordinate 0).
 
     Args:
         x: a tensor of any shape.

@@ -19,13 +19,16 @@ class Block(Protocol):
     """The protocol of a segment's function.
 
     `w` its parameters (a tree of tensors), `carry` what the segment before returned, `consts` the
-    batch entries and tables (and, in a stack, `consts["layer"]`, the layer's number), `cfg` the model's
-    configuration. Returns the new carry and a tree of outputs: `{"loss": (sum, weight)}` and such.
+    batch entries and tables (in a stack also `consts["layer"]`, the layer's number), `cfg` the
+    model's configuration. Returns the new carry and a tree of outputs: loss terms under "terms"
+    (`{"terms": {"loss": (sum, weight)}}`), and metrics under any other key.
     """
 
     def __call__(
         self, w: Any, carry: Any, consts: Mapping[str, Tensor], cfg: Any, *, state: Any = None
-    ) -> tuple[Any, Any]: ...
+    ) -> tuple[Any, Any]:
+        """Run the segment."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,8 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Layers that map a carry to a carry of the same type, leaves stacked per kind on a "layers" axis.
+    """Layers that map a carry to a carry of the same type, leaves stacked per kind on a "layers"
+    axis.
 
     Args:
         kinds: kind -> Segment.
@@ -70,6 +74,7 @@ class Stack:
 
     @property
     def params(self) -> dict[str, Any]:
+        """The tree of Param, leaves stacked per kind."""
         return {
             kind: stacked(segment.params, self.pattern.count(kind))
             for kind, segment in self.kinds.items()
@@ -193,5 +198,3 @@ def _apply_stack(
 def stack_outputs(outs: list[Any]) -> Any:
     """Stack the outputs of the layers of one kind, leaf by leaf."""
     return optree.tree_map(lambda *leaves: torch.stack(leaves), *outs)
-
-

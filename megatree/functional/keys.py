@@ -77,9 +77,7 @@ def keep_mask(key: Key, index: Tensor, rate: float) -> Tensor:
 @functools.cache
 def _quantiles() -> Tensor:
     """Knots of the normal quantile function, scaled so that linear interpolation has variance 1."""
-    knots = torch.special.ndtri(
-        (torch.arange(_BINS + 1, dtype=torch.float64) + 0.5) / (_BINS + 1)
-    )
+    knots = torch.special.ndtri((torch.arange(_BINS + 1, dtype=torch.float64) + 0.5) / (_BINS + 1))
     low, high = knots[:-1], knots[1:]
     variance = ((low * low + low * high + high * high) / 3).mean().item()
     return knots / math.sqrt(variance)
@@ -99,7 +97,9 @@ def standard_normal(key: Key, index: Tensor) -> Tensor:
 
 
 def box_index(
-    shape: tuple[int, ...], box: tuple[tuple[int, int], ...], device: torch.device | str | None = None
+    shape: tuple[int, ...],
+    box: tuple[tuple[int, int], ...],
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Return the int64 global row-major index of every element of a box of an array."""
     index = torch.zeros((), dtype=torch.int64, device=device)

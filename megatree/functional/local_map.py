@@ -46,6 +46,7 @@ class LocalMap:
 
     @property
     def name(self) -> str:
+        """The name in plans and errors."""
         return getattr(self.fn, "__name__", "body")
 
 
@@ -58,7 +59,8 @@ def local_map(
     reference: Callable[..., Any] | None = None,
     static: bool = True,
 ) -> Callable[..., Any]:
-    """Wrap `fn(comm, *local)` so that it runs on local shards: the escape hatch and the research door.
+    """Wrap `fn(comm, *local)` so that it runs on local shards: the escape hatch and the research
+    door.
 
     `comm` speaks logical axes (`comm.psum(x, "seq")`); on one device they are empty and the same
     body runs as it is. Inside a body there is no invariant type, so every collective has exactly

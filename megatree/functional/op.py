@@ -1,4 +1,6 @@
-"""`op`: declare a function on plain tensors as an op, with the signature from which it is sharded."""
+"""`op`: declare a function on plain tensors as an op, with the signature from which it is
+sharded.
+"""
 
 import functools
 import inspect
@@ -20,7 +22,7 @@ class OpRule:
     Args:
         name: the op's name in plans and errors.
         fn: the function on plain (local) tensors.
-        signature: text of `megatree.functional.signature.parse`, or a function of the operands' ranks.
+        signature: text of `signature.parse`, or a function of the operands' ranks.
         linear: sets of operand positions in which the op is jointly linear.
         comm: whether `fn` takes a comm over the signature's labels as its first argument.
         product: whether the op is exactly the contraction that its labels spell.

@@ -1,4 +1,6 @@
-"""Declarations of arrays: a leaf to learn (`Param`) and a typed input (`Array`), and their first values."""
+"""Declarations of arrays: a leaf to learn (`Param`) and a typed input (`Array`), and their
+first values.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,6 +24,7 @@ class Normal:
     std: float
 
     def __call__(self, key: keys.Key, index: Tensor) -> Tensor:
+        """Return initial values."""
         return keys.standard_normal(key, index) * self.std
 
 
@@ -32,6 +35,7 @@ class Constant:
     value: float
 
     def __call__(self, key: keys.Key, index: Tensor) -> Tensor:
+        """Return initial values."""
         return torch.full(index.shape, self.value, dtype=torch.float64, device=index.device)
 
 
@@ -78,10 +82,13 @@ class Param:
     def __post_init__(self) -> None:
         axis_names(self.axes, "Param")
         if self.pad < 1:
-            raise ValueError(f"Param({self.axes!r}): pad is {self.pad}. Give a multiple of at least 1.")
+            raise ValueError(
+                f"Param({self.axes!r}): pad is {self.pad}. Give a multiple of at least 1."
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The logical axis names, one per dim."""
         return tuple(self.axes.split())
 
 
@@ -106,6 +113,7 @@ class Array:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The logical axis names, one per dim."""
         return tuple(self.axes.split())
 
 
@@ -150,7 +158,9 @@ def unstacked(tree: Any) -> Any:
 def num_elements(tree: Any, sizes: Mapping[str, int]) -> int:
     """Count the learned elements of a Param tree, padding excluded."""
     counts: list[int] = []
-    map_with_names(lambda name, leaf: counts.append(math.prod(logical_shape(leaf, sizes, name))), tree)
+    map_with_names(
+        lambda name, leaf: counts.append(math.prod(logical_shape(leaf, sizes, name))), tree
+    )
     return sum(counts)
 
 
@@ -203,7 +213,9 @@ def initial_value(
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> Tensor:
-    """Return the initial values of a box of a leaf of the given logical shape; zero in the padding."""
+    """Return the initial values of a box of a leaf of the given logical shape; zero in the
+    padding.
+    """
     key = keys.fold(seed, name)
     out = torch.zeros([b - a for a, b in box], dtype=leaf.dtype or dtype, device=device)
     inside = tuple((a, max(a, min(b, n))) for (a, b), n in zip(box, shape, strict=True))

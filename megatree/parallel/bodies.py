@@ -1,4 +1,6 @@
-"""`local_map` in a trace: check the declarations, try the body at local shapes, emit it as one node."""
+"""`local_map` in a trace: check the declarations, try the body at local shapes, emit it as one
+node.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +76,7 @@ class ShapeComm(RankComm):
     coords: Mapping[str, int]
     calls: list[BodyCall] = field(default_factory=list)
     phase: str = "forward"
-    device: Any = torch.device("meta")
+    device: Any = "meta"
 
     def _note(self, kind: str, x: Tensor, axes: Axes) -> None:
         self.calls.append(BodyCall(kind, axes, x.numel() * x.element_size(), self.phase))
@@ -132,9 +134,7 @@ def trace_body(tracer: "Tracer", spec: LocalMap, operands: Sequence[Any]) -> Any
     }
     names |= {*spec.over, *(a for o in spec.out_axes for a in (*o.partial, *o.replicated))}
     table = {name: tracer.layout.axes(name) for name in sorted(names)}
-    locals_, calls = (
-        _try_body(tracer, spec, table, operands, place) if spec.static else (None, [])
-    )
+    locals_, calls = _try_body(tracer, spec, table, operands, place) if spec.static else (None, [])
     types = [
         _output_type(tracer, out, i, operands, touched, locals_, place)
         for i, out in enumerate(spec.out_axes)
@@ -294,7 +294,8 @@ def _output_type(
     if silent:
         raise ShardingError(
             f"{place}: output {number} ({out.axes!r}) does not say what it is over mesh axis "
-            f"{silent[0]!r}, on which an input or another output varies. Name the logical axis in the output's dims, "
+            f"{silent[0]!r}, on which an input or another output varies. Name the logical "
+            f"axis in the output's dims, "
             "in Out(partial=...) or in Out(replicated=...)."
         )
     grad = out.grad and dtype.is_floating_point and any(x.type_.grad for x in operands)

@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 from megatree.parallel.bodies import run_body
 from megatree.parallel.comm import BodyComm, RankComm, Transition, move, run_steps
-from megatree.parallel.nodes import move_args
 from megatree.parallel.scoped import NEEDS_COMM, scoped_op
 from megatree.parallel.transitions import plan_move
 

@@ -96,28 +96,32 @@ class OneDevice(RankComm):
 
 
 def psum(comm: RankComm, x: Tensor, axes: Axes) -> Tensor:
+    """Sum over the ranks of the axes."""
     return comm.psum(x, axes)
 
 
 def all_gather(comm: RankComm, x: Tensor, axes: Axes, dim: int) -> Tensor:
+    """Join the ranks' pieces along a dim."""
     return comm.all_gather(x, axes, dim)
 
 
 def psum_scatter(comm: RankComm, x: Tensor, axes: Axes, dim: int) -> Tensor:
+    """Sum, and keep this rank's piece along a dim."""
     return comm.psum_scatter(x, axes, dim)
 
 
 def all_to_all(comm: RankComm, x: Tensor, axes: Axes, split_dim: int, concat_dim: int) -> Tensor:
+    """Cut along one dim, exchange, join along another."""
     return comm.all_to_all(x, axes, split_dim, concat_dim)
 
 
-def all_to_all_v(
-    comm: RankComm, x: Tensor, axes: Axes, send: list[int], recv: list[int]
-) -> Tensor:
+def all_to_all_v(comm: RankComm, x: Tensor, axes: Axes, send: list[int], recv: list[int]) -> Tensor:
+    """Exchange rows in unequal numbers."""
     return comm.all_to_all_v(x, axes, send, recv)
 
 
 def ppermute(comm: RankComm, x: Tensor, axes: Axes, shift: int) -> Tensor:
+    """Hand to the rank `shift` places on."""
     return comm.ppermute(x, axes, shift)
 
 

@@ -22,7 +22,7 @@ class Inference:
     kinds: Mapping[str, str]
 
 
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818 (an answer of the engine, not a failure)
     """An op that may not be applied to operands of these types."""
 
     def __init__(self, why: str, fix: str, *, pending: tuple[int, str] | None = None) -> None:
@@ -30,9 +30,7 @@ class Refusal(Exception):
         self.why, self.fix, self.pending = why, fix, pending
 
 
-def infer(
-    sig: Signature, operands: Sequence[ShardType], mesh_axes: Iterable[str]
-) -> Inference:
+def infer(sig: Signature, operands: Sequence[ShardType], mesh_axes: Iterable[str]) -> Inference:
     """Type an op from its signature and its operands' types.
 
     Per mesh axis: if it cuts a label, operands with that label must agree, operands without it go
@@ -119,15 +117,18 @@ def _cuts(sig: Signature, operands: Sequence[ShardType]) -> dict[str, tuple[str,
             if label is None or label in sig.whole:
                 if axes:
                     raise Refusal(
-                        f"operand {i} ({ty}) is cut on dim {dim} over {axes}, and the op needs that "
+                        f"operand {i} ({ty}) is cut on dim {dim} over {axes}, and the op "
+                        f"needs that "
                         "dim whole",
                         "Insert shard(x, ...) with a whole axis there",
                     )
                 continue
             if label in cuts and cuts[label] != axes:
                 raise Refusal(
-                    f"dim {label!r} is cut over {cuts[label] or 'nothing'} in operand {first[label]} "
-                    f"({operands[first[label]]}) and over {axes or 'nothing'} in operand {i} ({ty})",
+                    f"dim {label!r} is cut over {cuts[label] or 'nothing'} in operand "
+                    f"{first[label]} "
+                    f"({operands[first[label]]}) and over {axes or 'nothing'} in operand "
+                    f"{i} ({ty})",
                     "Lay both out alike with shard(x, ...) or in rules",
                 )
             cuts[label] = axes
@@ -142,5 +143,3 @@ def _cuts(sig: Signature, operands: Sequence[ShardType]) -> dict[str, tuple[str,
                     "operand first",
                 )
     return cuts
-
-

@@ -18,7 +18,16 @@ _METADATA = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
     *(
         getattr(Tensor, name)
-        for name in "dim size numel nelement is_floating_point is_complex is_contiguous __len__".split()
+        for name in [
+            "dim",
+            "size",
+            "numel",
+            "nelement",
+            "is_floating_point",
+            "is_complex",
+            "is_contiguous",
+            "__len__",
+        ]
     ),
     torch.is_floating_point,
     torch.is_complex,
@@ -26,9 +35,28 @@ _METADATA = {
 }
 _READS = {
     getattr(Tensor, name)
-    for name in """item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__
-    __iter__ __complex__ __long__""".split()
-} | {torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero}
+    for name in [
+        "item",
+        "tolist",
+        "numpy",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__array__",
+        "__contains__",
+        "__iter__",
+        "__complex__",
+        "__long__",
+    ]
+} | {
+    torch.equal,
+    torch.allclose,
+    torch.is_nonzero,
+    Tensor.equal,
+    Tensor.allclose,
+    Tensor.is_nonzero,
+}
 
 
 def snapshot() -> dict[str, Any]:
@@ -72,19 +100,22 @@ def check(
     """
     if not tracer.open or any(x.tracer is not tracer for x in operands):
         raise ShardingError(
-            f"{user_line()}: {name}: a typed tensor is used outside the trace it belongs to (a body "
+            f"{user_line()}: {name}: a typed tensor is used outside the trace it belongs to "
+            f"(a body "
             "that closes over it, or code after the trace). Pass it as an operand."
         )
     now = snapshot()
     if now != tracer.contexts:
         if inside_autograd_function():
             raise ShardingError(
-                f"{user_line()}: {name}: a torch.autograd.Function is applied to a typed tensor; its "
-                "own backward would be lost. Declare the function that applies it with @op(\"...\")."
+                f"{user_line()}: {name}: a torch.autograd.Function is applied to a typed "
+                f"tensor; its "
+                'own backward would be lost. Declare the function that applies it with @op("...").'
             )
         changed = next(k for k in now if now[k] != tracer.contexts[k])
         raise ShardingError(
-            f"{user_line()}: {name}: a context of {changed} is active, which a lowered program does "
+            f"{user_line()}: {name}: a context of {changed} is active, which a lowered "
+            f"program does "
             f"not keep. {_FIXES[changed]}."
         )
     if isinstance(func, torch._ops.OpOverload):
@@ -103,7 +134,12 @@ def check(
             f"{user_line()}: {name}: an attribute of a typed tensor is written, which a lowered "
             "program does not keep. Return a new value."
         )
-    in_place = raw.startswith("__i") and raw not in ("__invert__", "__index__", "__iter__", "__int__")
+    in_place = raw.startswith("__i") and raw not in (
+        "__invert__",
+        "__index__",
+        "__iter__",
+        "__int__",
+    )
     if in_place or raw == "__setitem__" or (raw.endswith("_") and not raw.endswith("__")):
         raise ShardingError(
             f"{user_line()}: {raw}: an in-place write to a typed tensor. "
@@ -136,7 +172,8 @@ def _refuse_plain(name: str, args: Any, kwargs: Any, operands: list[TypedTensor]
         if isinstance(x, Tensor) and not isinstance(x, TypedTensor):
             raise ShardingError(
                 f"{user_line()}: {name}: mixes a plain tensor {list(x.shape)} with a typed one "
-                f"({operands[0].type_}); whether it is whole or a shard cannot be known. Pass it as "
+                f"({operands[0].type_}); whether it is whole or a shard cannot be known. "
+                f"Pass it as "
                 "an input, or make it inside the function (torch.arange, torch.tensor)."
             )
         return x

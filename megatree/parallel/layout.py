@@ -51,7 +51,7 @@ class Layout:
         schedule: with "pp", a schedule or a function (ranks, microbatches) -> schedule.
     """
 
-    mesh: Mesh = Mesh()
+    mesh: Mesh = Mesh()  # noqa: RUF009 (frozen)
     rules: Rules = Rules()
     placement: Placement | None = None
     schedule: Schedule | Callable[[int, int], Schedule] | None = None
@@ -171,7 +171,8 @@ def check_spec(
         for axis in axes:
             if axis in owner:
                 raise ShardingError(
-                    f"{place}: mesh axis {axis!r} cuts dim {owner[axis]} ({names[owner[axis]]!r}) and "
+                    f"{place}: mesh axis {axis!r} cuts dim {owner[axis]} "
+                    f"({names[owner[axis]]!r}) and "
                     f"dim {dim} ({names[dim]!r}). Map one of the two to other mesh axes in rules."
                 )
             owner[axis] = dim
@@ -211,7 +212,9 @@ def local_shape(
     )
 
 
-def cut(x: Any, spec: tuple[tuple[str, ...], ...], sizes: Mapping[str, int], coords: Mapping[str, int]) -> Any:
+def cut(
+    x: Any, spec: tuple[tuple[str, ...], ...], sizes: Mapping[str, int], coords: Mapping[str, int]
+) -> Any:
     """Return one rank's piece of a whole array (a tensor or a numpy array)."""
     box = spec_box(spec, tuple(x.shape), sizes, coords)
     return x[tuple(slice(a, b) for a, b in box)]

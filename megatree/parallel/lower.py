@@ -48,9 +48,7 @@ class Traced:
         localise_iotas(self.graph)
         synced = widen(self.graph, self.layout.sizes, needs)
         self.graph.lint()
-        types = {
-            n.meta["path"]: n.meta["type"] for n in self.graph.nodes if n.op == "placeholder"
-        }
+        types = {n.meta["path"]: n.meta["type"] for n in self.graph.nodes if n.op == "placeholder"}
         return Program(
             name=self.name,
             graph=self.graph,
@@ -144,7 +142,8 @@ def add_input(
         return tracer.placeholder(name, leaf, None, leaf=False)
     if not isinstance(leaf, Param | Array):
         raise ShardingError(
-            f"{name}: {type(leaf).__name__} is no declaration. Give a Param, an Array or a ShardType."
+            f"{name}: {type(leaf).__name__} is no declaration. Give a Param, an Array or a "
+            f"ShardType."
         )
     shape = padded_shape(leaf, sizes, name)
     if len(shape) != len(leaf.names):

@@ -16,7 +16,7 @@ STANDARD = ("pp", "dp", "ep", "cp", "tp")
 class Mesh:
     """Ranks as a grid with named axes; an axis is a tuple of *atomic* axes.
 
-    `Mesh(dp=2, tp=4)` orders standard axes pp, dp, ep, cp, tp from outer to inner (tp has the fastest
+    `Mesh(dp=2, tp=4)` orders standard axes pp, dp, ep, cp, tp from outer to inner (tp has fast
     links) and puts others where they were given. Ranks count row-major.
 
     Args:
@@ -46,6 +46,7 @@ class Mesh:
 
     @property
     def num_ranks(self) -> int:
+        """The number of ranks."""
         return math.prod(size for _, size in self.atoms)
 
     def axes(self, name: str) -> tuple[str, ...]:
@@ -63,7 +64,8 @@ class Mesh:
                 return ()
             raise ShardingError(
                 f"mesh axis {name!r}: the mesh has {', '.join(table) or 'no axes'} (and "
-                f"{', '.join(STANDARD)} of size 1 where absent). Add it to the Mesh or rename it in Rules."
+                f"{', '.join(STANDARD)} of size 1 where absent). Add it to the Mesh or "
+                f"rename it in Rules."
             )
         return tuple(a for a in table[name] if a in self.sizes)
 
@@ -71,7 +73,7 @@ class Mesh:
         """Name innermost parts of the mesh, splitting axes where needed.
 
         Each part is the innermost block of ranks of that size, pp excluded: on Mesh(dp=8, tp=8),
-        `refine(ep=16, kv=2)` makes kv the inner two of tp's ranks, and ep all of tp and a part of dp.
+        `refine(ep=16, kv=2)` makes kv the inner two of tp's ranks, ep all of tp and part of dp.
 
         Args:
             parts: new axis name -> size; each must be reachable by splitting one axis.

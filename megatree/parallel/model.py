@@ -94,6 +94,7 @@ class ModelProgram:
         return unit.program.out_types[: unit.num_carry]
 
     def programs(self) -> Iterator[Program]:
+        """Yield the consts' program and every unit's."""
         yield self.consts
         for unit in self.units.values():
             yield unit.program
@@ -136,9 +137,7 @@ def lower_model(model: Chain, layout: Layout) -> ModelProgram:
                 for number, (kind, index) in enumerate(segment.layers())
             ]
         else:
-            traces[name], carry = _trace_segment(
-                model, layout, name, segment, carry, const_types
-            )
+            traces[name], carry = _trace_segment(model, layout, name, segment, carry, const_types)
             order.append((name, None, 0))
     sync = _union_of_needs(traces)
     units = {name: _finish(name, *traced, sync) for name, traced in traces.items()}
@@ -216,9 +215,7 @@ def _trace_segment(
 ) -> tuple[tuple[Traced, dict[str, str]], Any]:
     """Trace a segment; return the trace with its leaves' paths, and the carry's types after it."""
     w = dict(segment.params)
-    leaves = {
-        local: f"{name}.{local}" for local in flatten_with_names(dict(segment.params))[0]
-    }
+    leaves = {local: f"{name}.{local}" for local in flatten_with_names(dict(segment.params))[0]}
     for local, path in segment.borrows.items():
         w[local] = _declaration(model.params, path, name)
         leaves[local] = path
@@ -327,9 +324,7 @@ def _finish(
     )
 
 
-def _weights_graph(
-    name: str, program: Program, terms: Mapping[str, tuple[int, int]]
-) -> fx.Graph:
+def _weights_graph(name: str, program: Program, terms: Mapping[str, tuple[int, int]]) -> fx.Graph:
     """Cut out of a program what computes the weights of its terms, from the consts alone."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

@@ -5,9 +5,9 @@ from typing import cast
 import torch
 from torch import fx
 
+from megatree.parallel.nodes import is_move, move_args
 from megatree.parallel.scoped import factory, iota
 from megatree.parallel.transitions import plan_move
-from megatree.parallel.nodes import is_move, move_args
 
 
 def localise_iotas(graph: fx.Graph) -> None:

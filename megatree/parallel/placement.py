@@ -8,7 +8,8 @@ from megatree.parallel.errors import ShardingError
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Layer -> stage. Segments before a stack run with its first layer, the last ones with the last.
+    """Layer -> stage. Segments before a stack run with its first layer, the last ones with the
+    last.
 
     Give one of the three:
 

@@ -76,6 +76,7 @@ class Program:
 
     @property
     def mesh_sizes(self) -> dict[str, int]:
+        """Mesh axis -> size, as types see it."""
         return self.layout.sizes
 
     @property

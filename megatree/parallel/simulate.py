@@ -99,7 +99,9 @@ def run_simulated(
     *,
     rtol: float = 1e-9,
 ) -> Simulated:
-    """Run a lowered program on whole tensors, or on lists of one tensor per rank; see `simulate`."""
+    """Run a lowered program on whole tensors, or on lists of one tensor per rank; see
+    `simulate`.
+    """
     comms: list[ThreadComm] = []
 
     def rank_main(comm: ThreadComm) -> RankResult:

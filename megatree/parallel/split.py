@@ -1,4 +1,6 @@
-"""Split backward: products with a weight hand out (input, cotangent) instead of a weight gradient."""
+"""Split backward: products with a weight hand out (input, cotangent) instead of a weight
+gradient.
+"""
 
 import string
 from collections.abc import Callable
@@ -54,7 +56,12 @@ class _SplitProduct(torch.autograd.Function):
 
 
 def split_product(
-    x: Tensor, weight: Tensor, slot_x: Tensor, slot_y: Tensor, call: Callable[..., Tensor], back: str
+    x: Tensor,
+    weight: Tensor,
+    slot_x: Tensor,
+    slot_y: Tensor,
+    call: Callable[..., Tensor],
+    back: str,
 ) -> Tensor:
     """Graph target: call a product so that its weight gradient is left for later."""
     return _SplitProduct.apply(x, weight.detach(), slot_x, slot_y, call, back)

@@ -42,7 +42,7 @@ class Threads:
         def rank_main(rank: int) -> None:
             try:
                 results[rank] = fn(ThreadComm(self, rank))
-            except BaseException as error:  # noqa: BLE001 (reported by run)
+            except BaseException as error:
                 with self.changed:
                     if self.error is None:
                         error.add_note(f"on simulated rank {rank} of {len(self.points)}")
@@ -136,7 +136,10 @@ class ThreadComm(RankComm):
             slot = world.slots.setdefault((name, call), {})
             slot[self.rank] = (label, send)
             if len({entry[0] for entry in slot.values()}) > 1:
-                said = ", ".join(f"rank {r}: {e[0][0]}({'.'.join(e[0][1])}){e[0][2] or ''}" for r, e in sorted(slot.items()))
+                said = ", ".join(
+                    f"rank {r}: {e[0][0]}({'.'.join(e[0][1])}){e[0][2] or ''}"
+                    for r, e in sorted(slot.items())
+                )
                 world.fail(f"mismatched collectives in group {group}, call {call}: {said}.")
             if len(slot) == len(group):
                 for rank in group:  # they can run from now on, even before they wake

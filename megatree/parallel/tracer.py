@@ -148,10 +148,7 @@ class Tracer:
         metas = [meta] if single else list(meta)
         types = self.output_types(name, inference, operands, metas)
         converted = iter(
-            [
-                self.replicate(x, axes)
-                for x, axes in zip(operands, inference.replicate, strict=True)
-            ]
+            [self.replicate(x, axes) for x, axes in zip(operands, inference.replicate, strict=True)]
         )
         args, kwargs = map_structure(
             lambda x: next(converted) if isinstance(x, TypedTensor) else x, (args, dict(kwargs))
@@ -201,15 +198,24 @@ class Tracer:
         types = []
         for spec, meta in zip(inference.specs, metas, strict=True):
             shape = tuple(meta.shape)
-            assert len(spec) == len(shape), f"{name}: signature gives {len(spec)} dims, result {shape}"
+            assert len(spec) == len(shape), (
+                f"{name}: signature gives {len(spec)} dims, result {shape}"
+            )
             check_spec(
-                spec, tuple(str(d) for d in range(len(shape))), shape, self.mesh_sizes,
+                spec,
+                tuple(str(d) for d in range(len(shape))),
+                shape,
+                self.mesh_sizes,
                 f"{user_line()}: {name}",
             )
             types.append(
                 make_type(
-                    shape, meta.dtype, spec, self.mesh_sizes,
-                    kinds=inference.kinds, grad=grad and meta.is_floating_point(),
+                    shape,
+                    meta.dtype,
+                    spec,
+                    self.mesh_sizes,
+                    kinds=inference.kinds,
+                    grad=grad and meta.is_floating_point(),
                 )
             )
         return types
@@ -248,7 +254,7 @@ class Tracer:
             self.bind(name, size, place)
         spec = self.layout.spec(names, x.type_.shape, place)
         ty = x.type_
-        keep = {axis: R for axis in ty.axes_in(R)}  # P and S end as I, R stays R
+        keep = dict.fromkeys(ty.axes_in(R), R)  # P and S end as I, R stays R
         dst = make_type(ty.shape, ty.dtype, spec, self.mesh_sizes, kinds=keep, grad=ty.grad)
         return x if dst == ty else self.move(x, dst)
 
@@ -296,7 +302,7 @@ class Tracer:
             types = ", ".join(str(x.type_) for x in operands)
             raise ShardingError(
                 f"{user_line()}: no sharding rule for {name} (operands {types}). Declare it with "
-                "@op(\"...\"), write it with the vocabulary, or wrap the code in local_map."
+                '@op("..."), write it with the vocabulary, or wrap the code in local_map.'
             )
         return rule.apply(self, name, func, *canonical(args, kwargs))
 
@@ -325,5 +331,3 @@ def origin_of_sum(node: fx.Node, axis: str) -> fx.Node:
         if before is None:
             return node
         node = before
-
-

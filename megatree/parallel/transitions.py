@@ -23,6 +23,7 @@ class Step:
 
     @property
     def is_collective(self) -> bool:
+        """Whether ranks talk in this step."""
         return self.kind in COLLECTIVES
 
     def __str__(self) -> str:

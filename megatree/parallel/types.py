@@ -78,7 +78,9 @@ def make_type(
     kinds: Mapping[str, str] | None = None,
     grad: bool = False,
 ) -> ShardType:
-    """Build a type; mesh axes that cut no dim and have no given kind are I, and R needs a gradient."""
+    """Build a type; mesh axes that cut no dim and have no given kind are I, and R needs a
+    gradient.
+    """
     used = {axis for axes in spec for axis in axes}
     given = kinds or {}
     states = tuple(

@@ -1,4 +1,6 @@
-"""The one pass: let a producer be R where any of its uses needs R, so that sums merge and move out."""
+"""The one pass: let a producer be R where any of its uses needs R, so that sums merge and move
+out.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -22,7 +24,8 @@ def wanted(node: fx.Node) -> frozenset[str]:
 
 
 def push_up(graph: fx.Graph) -> None:
-    """Move I -> R from the results of ops up to leaves and transitions, changing the graph in place.
+    """Move I -> R from the results of ops up to leaves and transitions, changing the graph in
+    place.
 
     An op whose operands are all I over an axis may be computed with R operands and an R result
     instead. That is worth it if every operand that takes a gradient comes, through such ops, from

@@ -109,8 +109,6 @@ def debug(
         inputs.append(typed)
     with Tracing(tracer):
         out = fn(*optree.tree_unflatten(tree, inputs))
-        out = optree.tree_map(
-            lambda x: tracer.finish(x) if isinstance(x, TypedTensor) else x, out
-        )
+        out = optree.tree_map(lambda x: tracer.finish(x) if isinstance(x, TypedTensor) else x, out)
     tracer.open = False
     return optree.tree_map(local_value, out)

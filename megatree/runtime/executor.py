@@ -9,8 +9,8 @@ from torch import Tensor
 from megatree.parallel.layout import PIPELINE
 from megatree.parallel.model import ModelProgram
 from megatree.parallel.schedule import Action, Recv, Schedule, Send, rank_programs
-from megatree.parallel.types import ShardType
 from megatree.parallel.split import weight_gradient
+from megatree.parallel.types import ShardType
 from megatree.runtime.forward import BoundModel, Deferred, TermKey
 from megatree.runtime.leaves import Leaves
 
@@ -42,6 +42,7 @@ class Executor:
 
     @property
     def program(self) -> ModelProgram:
+        """The lowered model."""
         return self.bound.program
 
     def run(
@@ -74,7 +75,6 @@ class Executor:
                 step.recv(event)
         step.close()
         return step.sums
-
 
     def evaluate(self, consts: Mapping[str, Tensor]) -> dict[TermKey, Tensor]:
         """Run one microbatch forward through all stages, without gradients.
@@ -149,7 +149,10 @@ class _Step:
                 x.detach().requires_grad_(ty.grad) for x, ty in zip(received, types, strict=True)
             )
         out = self.bound.run(
-            self.program.entries(stage), self.leaves.of, carry_in, self.consts[microbatch],
+            self.program.entries(stage),
+            self.leaves.of,
+            carry_in,
+            self.consts[microbatch],
             defer=self.defer,
         )
         self.sums[microbatch].update({key: x.detach() for key, x in out.sums.items()})
@@ -242,4 +245,5 @@ class _Step:
     def close(self) -> None:
         for wait in self.sending:
             wait()
-        assert not (self.live or self.inbox or self.outbox or self.queued), "the schedule left work behind"
+        left = [*self.live, *self.inbox, *self.outbox, *self.queued]
+        assert not left, f"the schedule left work behind: {left}"

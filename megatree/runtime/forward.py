@@ -57,7 +57,11 @@ def needed_axes(program: ModelProgram) -> list[Axes]:
         found |= part.table_axes
         found |= {ty.axes_in("P") for ty in part.out_types}
     if PIPELINE in program.layout.mesh.sizes:
-        found |= {(PIPELINE, *ty.axes_in("P")) for u in program.units.values() for ty in u.program.out_types}
+        found |= {
+            (PIPELINE, *ty.axes_in("P"))
+            for u in program.units.values()
+            for ty in u.program.out_types
+        }
     return sorted(axes for axes in found if axes)
 
 
@@ -167,9 +171,7 @@ class BoundModel:
                     out[unit_name, number, term] = weight
         return out
 
-    def _consts_for(
-        self, unit: str, consts: Mapping[str, Tensor], number: int
-    ) -> list[Tensor]:
+    def _consts_for(self, unit: str, consts: Mapping[str, Tensor], number: int) -> list[Tensor]:
         table = dict(consts)
         if "consts.layer" in self.program.units[unit].program.types:
             table["layer"] = self._layers[number]

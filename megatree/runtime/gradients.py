@@ -132,7 +132,9 @@ def make_gradients(
     groups: tuple[Group, ...] | None = None,
     transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
 ) -> Gradients:
-    """Allocate buffers for a lowered model and bind it to a rank; gradients in float32 or better."""
+    """Allocate buffers for a lowered model and bind it to a rank; gradients in float32 or
+    better.
+    """
     rank = comm.coords.get(PIPELINE, 0)
     groups = groups or pack(program, stage_rank=rank)
     bound = BoundModel(program, comm, transform=transform)
@@ -148,7 +150,8 @@ def make_gradients(
 def value_and_grad(
     model: Chain, layout: Layout, *, comm: RankComm | None = None
 ) -> Callable[[Any, Sequence[Mapping[str, Tensor]]], tuple[dict[str, Tensor], Any]]:
-    """Return a function of (local parameters, local microbatches) to loss terms and local gradients.
+    """Return a function of (local parameters, local microbatches) to loss terms and local
+    gradients.
 
     Law: the loss and every gradient equal those of one device, for any layout.
 

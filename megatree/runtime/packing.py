@@ -28,6 +28,7 @@ class Leaf:
 
     @property
     def size(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
 
@@ -59,10 +60,12 @@ class Group:
 
     @property
     def num_rows(self) -> int:
+        """The number of rows of the buffer."""
         return 1 if self.layers is None else len(self.layers)
 
     @property
     def row_size(self) -> int:
+        """The number of elements of a row."""
         return sum(leaf.size for leaf in self.leaves)
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -112,14 +115,20 @@ def pack(
         The groups, in order of execution.
     """
     sizes = program.layout.sizes
-    owners = {path: name for name, u in program.units.items() for path in u.leaves.values()
-              if path.startswith(f"{name}.")}
+    owners = {
+        path: name
+        for name, u in program.units.items()
+        for path in u.leaves.values()
+        if path.startswith(f"{name}.")
+    }
     held: dict[str, dict[str, set[int | None]]] = {}
     for (name, index, _), stage in zip(program.order, program.stages, strict=True):
         if program.stage_rank[stage] == stage_rank:
             for path in program.units[name].leaves.values():
                 owner = owners[path]
-                held.setdefault(owner, {}).setdefault(path, set()).add(index if owner == name else None)
+                held.setdefault(owner, {}).setdefault(path, set()).add(
+                    index if owner == name else None
+                )
     found: dict[tuple[Any, ...], list[str]] = {}
     for unit in program.units:
         for path in program.units[unit].leaves.values():
@@ -168,7 +177,9 @@ def views(groups: tuple[Group, ...], buffers: Mapping[str, Tensor], like: Any) -
         like: the model's tree of Param, for the structure.
     """
     table = {
-        leaf.path: group.view(buffers[group.name], leaf) for group in groups for leaf in group.leaves
+        leaf.path: group.view(buffers[group.name], leaf)
+        for group in groups
+        for leaf in group.leaves
     }
     names, _, spec = flatten_with_names(like)
     return spec.unflatten([table.get(name) for name in names])

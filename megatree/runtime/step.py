@@ -52,6 +52,7 @@ class Metrics:
 
     @property
     def loss(self) -> Tensor:
+        """The objective: the sum of the terms."""
         return torch.stack(list(self.terms.values())).sum()
 
 
@@ -71,10 +72,13 @@ class TrainStep:
 
     @property
     def groups(self) -> tuple[Group, ...]:
+        """The plan of the buffers."""
         return self.gradients.groups
 
     def init(self, seed: int | None = None) -> TrainState:
-        """Allocate parameters and optimizer state; values depend on the seed alone, not the mesh."""
+        """Allocate parameters and optimizer state; values depend on the seed alone, not the
+        mesh.
+        """
         program, comm = self.program, self.gradients.bound.comm
         model = program.model
         names, leaves, _ = flatten_with_names(model.params)
@@ -196,9 +200,7 @@ def train_step(
     program = lower_model(model, layout)
     comm = comm or one_device(layout)
     groups = pack(program, decays=decays, stage_rank=comm.coords.get(PIPELINE, 0))
-    gradients = make_gradients(
-        program, comm, groups=groups, transform=transform
-    )
+    gradients = make_gradients(program, comm, groups=groups, transform=transform)
     evaluation = gradients.bound
     if (form := model.for_evaluation()) is not model:
         evaluation = BoundModel(

@@ -82,7 +82,9 @@ def verify(
         program=program, simulated=distance(simulated, alone), processes=distance(real, alone)
     )
     if not max(found.simulated, found.processes) <= rtol:
-        raise ValueError(f"verify: {found} Allowed is {rtol:.1e}. Run rulecheck on the ops it uses.")
+        raise ValueError(
+            f"verify: {found} Allowed is {rtol:.1e}. Run rulecheck on the ops it uses."
+        )
     return found
 
 

@@ -15,7 +15,14 @@ pytestmark = [
 ]
 
 CONFIG = GPTConfig(
-    vocab_size=512, seq_length=128, num_layers=2, embed=128, kv_heads=2, group=2, head_dim=32, ffn=256
+    vocab_size=512,
+    seq_length=128,
+    num_layers=2,
+    embed=128,
+    kv_heads=2,
+    group=2,
+    head_dim=32,
+    ffn=256,
 )
 
 
@@ -29,8 +36,11 @@ def batch() -> dict[str, torch.Tensor]:
 def losses(device: str, dtype: torch.dtype, *, compiled: bool = False, steps: int = 5):
     transform = torch.compile if compiled else lambda fn: fn
     step = train_step(
-        gpt(CONFIG, batch_size=4, dtype=dtype), Layout(), adamw(1e-3),
-        comm=OneDevice(device), transform=transform,
+        gpt(CONFIG, batch_size=4, dtype=dtype),
+        Layout(),
+        adamw(1e-3),
+        comm=OneDevice(device),
+        transform=transform,
     )
     state = step.init(0)
     out = []
@@ -57,6 +67,7 @@ def test_bfloat16_steps_follow_float32() -> None:
 
 def test_first_weights_are_bit_equal_on_both_devices() -> None:
     """Keyed numbers are integer arithmetic and table look-ups: no device may change a bit."""
+
     def weights(device: str):
         step = train_step(gpt(CONFIG, batch_size=4), Layout(), adamw(1e-3), comm=OneDevice(device))
         return {k: v.cpu() for k, v in step.init(7).params.items()}

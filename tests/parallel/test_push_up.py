@@ -35,15 +35,15 @@ def test_a_leaf_behind_an_op_is_synchronised_once_per_step() -> None:
         return torch.einsum("ts,bsd->btd", torch.tril(w), x)
 
     layout = Layout(Mesh(dp=2), Rules(batch="dp"))
-    program = check(
-        mix, layout, values((6, 6), (4, 6, 8)), (Param("seq past"), "batch past embed")
-    )
+    program = check(mix, layout, values((6, 6), (4, 6, 8)), (Param("seq past"), "batch past embed"))
     assert program.sync["w"] == ("dp",)
     assert program.counts("backward") == {}
 
 
 def test_a_sum_merges_with_the_slice_of_a_gather() -> None:
-    """Through an op between gather and product: a reduce-scatter instead of slice and all-reduce."""
+    """Through an op between gather and product: a reduce-scatter instead of slice and
+    all-reduce.
+    """
 
     def scaled(g, w, x):
         y = shard(x, "batch seq embed") * g

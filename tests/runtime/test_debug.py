@@ -47,7 +47,13 @@ def test_debug_equals_the_lowered_program_without_any_sync() -> None:
         }
         x_local = cut(x, x_spec, sizes, comm.coords).clone().requires_grad_()
         y = debug(
-            mlp, LAYOUT, comm, local, x_local, abstract=(PARAMS, X), sizes=SIZES,
+            mlp,
+            LAYOUT,
+            comm,
+            local,
+            x_local,
+            abstract=(PARAMS, X),
+            sizes=SIZES,
             dtype=torch.float64,
         )
         y.backward(torch.ones_like(y))
@@ -74,7 +80,11 @@ def test_values_are_at_hand_while_the_function_runs() -> None:
 
     def rank_main(comm):
         return debug(
-            look, LAYOUT, comm, torch.ones(2, 6, 8), abstract=(Array("batch seq embed"),),
+            look,
+            LAYOUT,
+            comm,
+            torch.ones(2, 6, 8),
+            abstract=(Array("batch seq embed"),),
             sizes=SIZES,
         )
 
@@ -85,7 +95,11 @@ def test_values_are_at_hand_while_the_function_runs() -> None:
 def test_a_local_tensor_of_another_shape_is_refused() -> None:
     def rank_main(comm):
         return debug(
-            lambda x: x, LAYOUT, comm, torch.ones(4, 6, 8), abstract=(Array("batch seq embed"),),
+            lambda x: x,
+            LAYOUT,
+            comm,
+            torch.ones(4, 6, 8),
+            abstract=(Array("batch seq embed"),),
             sizes=SIZES,
         )
 

@@ -1,4 +1,6 @@
-"""Rules of products: einsum, matmul and linear; a cut label that is contracted gives a pending sum."""
+"""Rules of products: einsum, matmul and linear; a cut label that is contracted gives a pending
+sum.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +80,9 @@ def matmul(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> An
 
 
 def linear(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
-    """Type F.linear; a bias is refused where the product is a pending sum (it would count n times)."""
+    """Type F.linear; a bias is refused where the product is a pending sum (it would count n
+    times).
+    """
     x = args[0]
     bias = argument(args, kwargs, 2, "bias")
     lead = [str(i) for i in range(x.dim() - 1)]

@@ -51,12 +51,35 @@ def uninitialised(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any
 
 TABLE = {
     **table(
-        "arange zeros ones full eye linspace tensor scalar_tensor tril_indices".split(),
+        [
+            "arange",
+            "zeros",
+            "ones",
+            "full",
+            "eye",
+            "linspace",
+            "tensor",
+            "scalar_tensor",
+            "tril_indices",
+        ],
         Rule(constant, is_factory=True),
     ),
     **table(
-        """rand randn randint randperm normal rand_like randn_like randint_like bernoulli
-        multinomial dropout alpha_dropout feature_dropout""".split(),
+        [
+            "rand",
+            "randn",
+            "randint",
+            "randperm",
+            "normal",
+            "rand_like",
+            "randn_like",
+            "randint_like",
+            "bernoulli",
+            "multinomial",
+            "dropout",
+            "alpha_dropout",
+            "feature_dropout",
+        ],
         Rule(random, is_factory=True),
     ),
     **table(["empty", "empty_like"], Rule(uninitialised, is_factory=True)),

@@ -80,9 +80,7 @@ def transpose(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) ->
     x = args[0]
     order = plain_call(func, (_numbered(x.dim()), *args[1:]), kwargs).shape
     labels = tuple(str(d) for d in range(x.dim()))
-    sig = Signature(
-        operands=(labels,), outputs=(tuple(str(n - 1) for n in order),), linear=_LINEAR
-    )
+    sig = Signature(operands=(labels,), outputs=(tuple(str(n - 1) for n in order),), linear=_LINEAR)
     return tracer.operation(name, func, args, kwargs, sig)
 
 
@@ -181,9 +179,7 @@ def narrow(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> An
     labels = tuple(str(d) for d in range(x.dim()))
     at = str(dim % x.dim())
     out = tuple(label for label in labels if not (name == "select" and label == at))
-    sig = Signature(
-        operands=(labels,), outputs=(out,), whole=frozenset([at]), linear=_LINEAR
-    )
+    sig = Signature(operands=(labels,), outputs=(out,), whole=frozenset([at]), linear=_LINEAR)
     return tracer.operation(name, func, args, kwargs, sig)
 
 
@@ -213,7 +209,9 @@ def getitem(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> A
         if isinstance(item, slice):
             out.append(labels[dim])
         if not isinstance(item, slice) or item.indices(x.type_.shape[dim]) != (
-            0, x.type_.shape[dim], 1,
+            0,
+            x.type_.shape[dim],
+            1,
         ):
             whole.add(labels[dim])
         dim += 1
@@ -226,7 +224,9 @@ def getitem(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> A
 def gather(
     tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any, *, positions: tuple[int, int]
 ) -> Any:
-    """Type gather along a whole dim; row i reads row i, so dims whose sizes differ are whole too."""
+    """Type gather along a whole dim; row i reads row i, so dims whose sizes differ are whole
+    too.
+    """
     x = args[0]
     dim = argument(args, kwargs, positions[0], "dim")
     index = argument(args, kwargs, positions[1], "index", kwargs.get("indices"))
@@ -247,9 +247,12 @@ def gather(
 
 
 TABLE = {
-    **table("reshape view flatten unflatten view_as reshape_as ravel".split(), Rule(reshape)),
     **table(
-        "transpose permute movedim moveaxis swapaxes swapdims t adjoint".split(), Rule(transpose)
+        ["reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "ravel"], Rule(reshape)
+    ),
+    **table(
+        ["transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "adjoint"],
+        Rule(transpose),
     ),
     getattr(Tensor.T, "__get__"): Rule(transpose),  # noqa: B009 (a descriptor to type checkers)
     getattr(Tensor.mT, "__get__"): Rule(transpose),  # noqa: B009

@@ -51,9 +51,7 @@ def saved_bytes(program: Program, *, num_carry_out: int = 0) -> SavedBytes:
         with saved_tensors_hooks(pack, lambda x: x):
             out = run(*inputs.values())
         own = {x.untyped_storage()._cdata: path for path, x in inputs.items()}
-        carry = sum(
-            size for key, size in kept.items() if own.get(key, "").startswith("carry")
-        )
+        carry = sum(size for key, size in kept.items() if own.get(key, "").startswith("carry"))
         return SavedBytes(
             activations=sum(size for key, size in kept.items() if key not in own),
             carry=carry,

@@ -54,7 +54,7 @@ def estimate(plan: Plan, device: Device = H100_SXM) -> Estimate:
 
     Per rank: products and attention at their sustained rates, everything else by the bytes it
     moves, collectives by bytes over the slowest link that their group crosses plus a latency, the
-    exposed part of each, all of it stretched by the pipeline's bubble; then the update by its bytes.
+    exposed part of each, all stretched by the pipeline's bubble; then the update by its bytes.
 
     Args:
         plan: of the run.
@@ -80,9 +80,7 @@ def estimate(plan: Plan, device: Device = H100_SXM) -> Estimate:
         if c.phase in ("forward", "backward")
     )
     sync = sum(
-        collective_seconds(c, plan, device) * c.count
-        for c in plan.collectives
-        if c.phase == "sync"
+        collective_seconds(c, plan, device) * c.count for c in plan.collectives if c.phase == "sync"
     )
     model_communication = inside * device.exposed_model
     busy = products + attention + elementwise + model_communication

@@ -280,18 +280,27 @@ def _collectives(
     axes = tuple(program.layout.mesh.sizes)
     if axes:
         yield PlannedCollective(
-            unit="step", source="gradient norm", kind="psum", axes=axes, bytes=8, count=1,
-            phase="step", overlappable=False,
+            unit="step",
+            source="gradient norm",
+            kind="psum",
+            axes=axes,
+            bytes=8,
+            count=1,
+            phase="step",
+            overlappable=False,
         )
     if PIPELINE in program.layout.mesh.sizes:
         sends = [a for a in schedule.ranks[rank] if a.kind != "W"]
         yield PlannedCollective(
-            unit="pipeline", source="carry", kind="send", axes=(PIPELINE,),
+            unit="pipeline",
+            source="carry",
+            kind="send",
+            axes=(PIPELINE,),
             bytes=sum(
                 math.prod(ty.local_shape(program.layout.sizes)) * ty.dtype.itemsize
                 for ty in program.carry_types(0)
             ),
-            count=len(sends), phase="forward", overlappable=True,
+            count=len(sends),
+            phase="forward",
+            overlappable=True,
         )
-
-

@@ -73,7 +73,9 @@ def test_lines_that_are_too_long_are_reported_once_and_the_others_kept(
 
 
 @pytest.mark.parametrize("block_bytes", range(1, 12))
-def test_what_follows_a_paragraph_that_is_too_long_is_kept(tmp_path: Path, block_bytes: int) -> None:
+def test_what_follows_a_paragraph_that_is_too_long_is_kept(
+    tmp_path: Path, block_bytes: int
+) -> None:
     """The blank line may be cut by the end of what is read at once."""
     (tmp_path / "x").write_bytes(b"a" * 30 + b"\n\nlast\n")
     found = list(

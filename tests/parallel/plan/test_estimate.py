@@ -41,9 +41,7 @@ def predicted(row: tuple[int, ...]) -> float:
         Rules(batch="dp", kv_heads="tp", ffn="tp", vocab="tp", seq_res="tp"),
         schedule=schedule,
     )
-    made = plan(
-        gpt(cfg, batch_size=dp, dtype=torch.bfloat16), layout, num_microbatches=batch // dp
-    )
+    made = plan(gpt(cfg, batch_size=dp, dtype=torch.bfloat16), layout, num_microbatches=batch // dp)
     return 100 * estimate(made).mfu
 
 

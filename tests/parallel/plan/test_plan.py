@@ -22,7 +22,13 @@ SMALL = GPTConfig(
     vocab_size=64, seq_length=32, num_layers=4, embed=32, kv_heads=4, head_dim=8, ffn=64
 )
 LLAMA_1B = GPTConfig(
-    vocab_size=32768, seq_length=4096, num_layers=16, embed=2048, kv_heads=16, head_dim=128, ffn=5632
+    vocab_size=32768,
+    seq_length=4096,
+    num_layers=16,
+    embed=2048,
+    kv_heads=16,
+    head_dim=128,
+    ffn=5632,
 )
 
 
