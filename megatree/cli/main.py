@@ -18,6 +18,8 @@ COMMANDS: Mapping[str, str] = {
     "generate": "Continue a text with a trained model.",
     "explain": "Print what a rank runs: the program of one block, its collectives.",
     "plan": "Plan a run before it runs: memory, collectives, time.",
+    "data": "Turn text into token files, and look into them.",
+    "corpus": "Clean, deduplicate and decontaminate text.",
     "demo": "Train, change the mesh and generate, in minutes on two CPU cores.",
 }
 """Command, which is also the module whose `main(args)` runs it -> what it does."""

@@ -13,12 +13,12 @@ _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 74rem; color: #1d2330; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 pre { background: #f5f6f8; padding: 1rem; overflow-x: auto; font-size: 12px; line-height: 1.5 }
-table { border-collapse: collapse; font-size: 13px } 
+table { border-collapse: collapse; font-size: 13px }
 td, th { padding: .2rem .8rem; text-align: left }
 th { border-bottom: 1px solid #aab } td.n { text-align: right; font-variant-numeric: tabular-nums }
 .move { color: #b3261e; font-weight: 600 } .muted { color: #667 }
 .bar { height: 20px; display: flex; margin: .15rem 0 } .bar span { display: block }
-.w { background: #3a6ea5 } .g { background: #7fb069 } 
+.w { background: #3a6ea5 } .g { background: #7fb069 }
 .o { background: #e6a23c } .a { background: #b3506e }
 .key span { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem }
 """

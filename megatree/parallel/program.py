@@ -198,7 +198,9 @@ class Program:
 
 def _is_part(node: fx.Node) -> bool:
     """Whether a node only takes one of several results of another."""
-    return node.target is operator.getitem and isinstance(node.args[0].meta["type"], tuple)
+    return node.target is operator.getitem and isinstance(
+        node.all_input_nodes[0].meta["type"], tuple
+    )
 
 
 def _human(size: int) -> str:
