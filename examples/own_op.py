@@ -1,10 +1,10 @@
 """An op of one's own: a function, a signature, and every placement checked.
 
 The signature says what each dim is: `k!` must be whole (the function looks along it), the others
-are free, and the op is linear in its second operand, so a pending sum may pass there. That line is
-all the engine needs to shard the op, its gradients included. `rulecheck` runs every placement of the
-operands that the rule allows and compares values and gradients with one device: a wrong signature
-cannot pass, as the second half shows.
+are free, and the op is linear in its second operand, so a pending sum may pass there. That line
+is all the engine needs to shard the op, its gradients included. `rulecheck` runs every placement
+of the operands that the rule allows and compares values and gradients with one device: a wrong
+signature cannot pass, as the second half shows.
 """
 
 import torch

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from megatree.parallel.bodies import run_body
 from megatree.parallel.comm import BodyComm, RankComm, Transition, move, run_steps
+from megatree.parallel.nodes import move_args
 from megatree.parallel.scoped import NEEDS_COMM, scoped_op
 from megatree.parallel.transitions import plan_move
 
@@ -89,8 +90,7 @@ def _call(node: fx.Node, comm: RankComm, names: Any, spell: Any, constant: Any) 
     if node.target is operator.getitem and isinstance(node.args[1], int):
         return f"{spell(node.args[0])}[{node.args[1]}]"
     if node.target is move:
-        move_args: Any = node.args
-        x, src, dst = move_args
+        x, src, dst = move_args(node)
         steps, dual = plan_move(src, dst), plan_move(dst.dual, src.dual)
         if not steps and (not dual or not src.grad):
             return spell(x)

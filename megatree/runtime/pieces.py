@@ -94,6 +94,6 @@ def load(path: str, step: TrainStep, world: World) -> tuple[TrainState, dict[str
     state = TrainState(0, params, step.optimizer.init(params))
     with torch.no_grad():
         checkpoint.load(path, state_pieces(step, state), world=world)
-    extra = world.broadcast(world.on_first(lambda: checkpoint.load_extra(path)))
+    extra = dict(world.broadcast(world.on_first(lambda: checkpoint.load_extra(path))))
     state.step = int(extra.pop("step"))
     return state, extra

@@ -84,7 +84,5 @@ class Meter:
     def rates(self, documents: int, num_bytes: int) -> str:
         """Return counts and rates since the start, as text."""
         seconds = max(self._clock() - self._start, 1e-9)
-        return (
-            f"{documents:,} documents  {documents / seconds:,.0f} documents/s  "
-            f"{num_bytes / seconds / 1e6:.2f} MB/s"
-        )
+        told = f"{documents:,} documents  {documents / seconds:,.0f} documents/s"
+        return f"{told}  {num_bytes / seconds / 1e6:.2f} MB/s" if num_bytes else told

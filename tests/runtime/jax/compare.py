@@ -13,9 +13,6 @@ from torch import Tensor
 
 from megatree.runtime.jax.to_jax import to_jax
 
-# XLA compiles several times faster so, and the programs of tests run once.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 def array(x: Tensor) -> jax.Array:
     """Return a copy of a tensor as an array."""
@@ -95,7 +92,7 @@ def differences(
         return out
 
     arguments = [(list(map(array, c.xs)), list(map(array, c.seeds))) for c in calls]
-    results = jax.jit(everything, compiler_options=QUICK)(arguments)
+    results = jax.jit(everything)(arguments)
     all_found = []
     for name, call, (outs, grads) in zip(names, calls, results, strict=True):
         found = {}

@@ -23,7 +23,7 @@ from megatree.parallel.simulate import simulate
 from megatree.runtime.jax.arrays import arrays_from_jax, arrays_to_jax
 from megatree.runtime.jax.keys import keep_mask
 from megatree.runtime.jax.to_jax import to_jax
-from tests.runtime.jax.compare import QUICK, array, differences, in_torch, off, tensor
+from tests.runtime.jax.compare import array, differences, in_torch, off, tensor
 from tests.runtime.one_device import differentiate, reference
 from tests.runtime.table import MODELS, layouts
 from tests.tolerances import RELATIVE, assert_leaves_close, distance
@@ -41,7 +41,7 @@ def assert_like_torch(cfg: GPTConfig, layout: Layout, **options: Any) -> None:
         total, weight = ref.model.apply(params, batch)[1]["loss"]["terms"]["loss"]
         return total / weight
 
-    run = jax.jit(jax.value_and_grad(to_jax(mean_loss, layout, **options)), compiler_options=QUICK)
+    run = jax.jit(jax.value_and_grad(to_jax(mean_loss, layout, **options)))
     value, got = run(
         arrays_to_jax(ref.params, layout, ref.model.params),
         arrays_to_jax(batch, layout, ref.model.batch),
@@ -272,6 +272,6 @@ def test_a_model_of_32_bits_runs_without_64() -> None:
             k: jnp.asarray(v.int().numpy() if v.dtype == torch.int64 else v.numpy())
             for k, v in batch.items()
         }
-        theirs = jax.jit(to_jax(f), compiler_options=QUICK)(arrays_to_jax(params), small)
+        theirs = jax.jit(to_jax(f))(arrays_to_jax(params), small)
     assert theirs.dtype == jnp.float32
     assert distance(tensor(theirs), ours) < RELATIVE[torch.float32]
