@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatree.cli import corpus, data
+from megatree.cli import corpus, data, data_options
 from megatree.io.data.demo import load_demo
 from megatree.io.data.indexed import IndexedFile
 
@@ -21,7 +21,7 @@ CHAPTERS = [text[:3000] for text in load_demo().texts[:20]]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the guide's commands read; one process, to save their start."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr(data_options.os, "sched_getaffinity", lambda pid: {0}, raising=False)
     texts = [*CHAPTERS, CHAPTERS[3], CHAPTERS[4].upper(), CHAPTERS[5] + " The end.", "Short."]
     Path("novels.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
     quiz = {"question": " ".join(CHAPTERS[9].split()[200:230]), "answer": "None."}

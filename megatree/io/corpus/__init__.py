@@ -3,7 +3,8 @@
 from megatree.io.corpus.cleanup import Cleanup, clean
 from megatree.io.corpus.decontaminate import Decontamination, decontaminate
 from megatree.io.corpus.exact import drop_exact_duplicates
-from megatree.io.corpus.near import NearDuplicates, drop_groups, find_pairs, group_pairs
+from megatree.io.corpus.groups import drop_groups, group_pairs
+from megatree.io.corpus.near import NearDuplicates, find_pairs
 from megatree.io.corpus.stream import Tally
 from megatree.io.corpus.urls import BlockList, filter_urls
 from megatree.io.corpus.wikipedia import Articles, extract_wikipedia

@@ -1,43 +1,27 @@
-"""Find documents that are nearly the same, put them in groups, keep the first of each group."""
+"""Find the pairs of documents that are nearly the same."""
 
 import json
 import os
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from megatree.io.corpus.bands import band_hashes, buckets, choose_bands
+from megatree.io.corpus.bands import band_hashes, choose_bands
 from megatree.io.corpus.exact import normalized
 from megatree.io.corpus.minhash import shingles, signatures, similarity
 from megatree.io.corpus.places import Places, PlacesBuilder
-from megatree.io.corpus.stream import (
-    Job,
-    Kept,
-    Record,
-    Tally,
-    documents_of,
-    filter_documents,
-    map_documents,
-    open_output,
-)
-from megatree.io.corpus.union import UnionFind
-from megatree.io.preprocess.blocks import BadLine, Block, read_blocks
+from megatree.io.corpus.search import Search
+from megatree.io.corpus.stream import Job, Tally, documents_of, map_documents, open_output
+from megatree.io.preprocess.blocks import BadLine, Block
 from megatree.io.preprocess.parallel import ordered_map
-from megatree.io.preprocess.records import numbered_lines, parse_line
 
 Measure = Literal["union", "min", "max"]
 
-# In a bucket up to this size each document is compared with each. In a larger one, a document is
-# compared with the first; those unlike it are tried again, as a bucket of their own.
-_ALL_PAIRS = 32
-_MOST_ROUNDS = 32
 _PAIRS_AT_ONCE = 256
 
 
@@ -104,7 +88,7 @@ def find_pairs(job: Job, rules: NearDuplicates) -> Found:
         spool = Path(folder) / "texts"
         places, starts, hashes = _read(job, rules, bands, rows, spool)
         sizes = np.diff(starts)
-        search = _Search(hashes=hashes[sizes > 0], documents=np.nonzero(sizes > 0)[0])
+        search = Search(hashes=hashes[sizes > 0], documents=np.nonzero(sizes > 0)[0])
         np.save(f"{spool}.npy", starts)
         compare = partial(_compare, str(spool), rules.measure)
         pairs = 0
@@ -123,104 +107,6 @@ def find_pairs(job: Job, rules: NearDuplicates) -> Found:
         pairs=pairs,
         not_compared=search.left,
     )
-
-
-def group_pairs(pairs: Path, output: Path, *, threshold: float, overwrite: bool = False) -> int:
-    """Write groups of documents that pairs connect, a JSON object a line; return their number.
-
-    In a group each document is connected to each by pairs at or above the threshold. `keep` is the
-    first of them in the order of files and lines, `drop` the others.
-
-    Args:
-        pairs: from `find_pairs`.
-        output: appears when it is whole.
-        threshold: at least the one that the pairs were found with; below it they are incomplete.
-        overwrite: replace a file of that name.
-
-    Raises:
-        ValueError: if the pairs cannot be read, or the output exists.
-    """
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output}: already there. Name another output, or pass --overwrite.")
-    joined: UnionFind[tuple[str, int]] = UnionFind()
-    order: dict[str, int] = {}
-    for place, record in _records(pairs, "similarity", "a", "b", "order"):
-        for name, at in zip((record["a"][0], record["b"][0]), record["order"], strict=True):
-            order[name] = at
-        if record["similarity"] >= threshold:
-            joined.join(_place(place, record["a"]), _place(place, record["b"]))
-    groups = [
-        sorted(group, key=lambda document: (order[document[0]], document[1]))
-        for group in joined.groups()
-    ]
-    groups.sort(key=lambda group: (order[group[0][0]], group[0][1]))
-    with open_output(output, overwrite=overwrite) as stream:
-        for first, *others in groups:
-            line = json.dumps({"keep": first, "drop": others}, ensure_ascii=False)
-            stream.write(line.encode() + b"\n")
-    return len(groups)
-
-
-def drop_groups(job: Job, groups: Path) -> Tally:
-    """Write the documents of a job less those that groups drop.
-
-    Raises:
-        ValueError: if the groups name a file that is no input, or an input cannot be read.
-    """
-    builder = PlacesBuilder(job.inputs)
-    lines: dict[str, list[int]] = defaultdict(list)
-    for place, record in _records(groups, "keep", "drop"):
-        for document in record["drop"]:
-            file, line = _place(place, document)
-            lines[file].append(line)
-    for path in job.inputs:
-        builder.add(str(path), sorted(lines.pop(str(path), [])))
-    if lines:
-        raise ValueError(
-            f"{groups}: it names {next(iter(lines))}, which is no input. "
-            "Name the same files, spelled the same way, as when the pairs were found."
-        )
-    return filter_documents(job, _keep, drop_lines=builder.build().between)
-
-
-class _Search:
-    """Proposes pairs of documents, round by round; `near` is told which of them are alike."""
-
-    def __init__(self, *, hashes: np.ndarray, documents: np.ndarray) -> None:
-        self.hashes = hashes
-        self.documents = documents
-        self.near: set[tuple[int, int]] = set()
-        self.seen: set[tuple[int, int]] = set()
-        self.left = 0
-
-    def rounds(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield lists of pairs to compare; before the next one, `near` must be up to date."""
-        large: list[list[int]] = []
-        first: list[tuple[int, int]] = []
-        for band in range(self.hashes.shape[1]):
-            for bucket in buckets(self.hashes[:, band]):
-                members = self.documents[bucket].tolist()
-                if len(members) <= _ALL_PAIRS:
-                    first += self._new(combinations(members, 2))
-                else:
-                    large.append(members)
-        yield first
-        for _ in range(_MOST_ROUNDS):
-            if not large:
-                return
-            yield self._new(pair for bucket in large for pair in _star(bucket))
-            rest = [[b for a, b in _star(bucket) if (a, b) not in self.near] for bucket in large]
-            large = [bucket for bucket in rest if len(bucket) > 1]
-        self.left = len({document for bucket in large for document in bucket})
-
-    def _new(self, pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.seen]
-        self.seen.update(new)
-        return new
-
-
-def _star(bucket: list[int]) -> list[tuple[int, int]]:
-    return [(bucket[0], other) for other in bucket[1:]]
 
 
 def _read(
@@ -301,29 +187,3 @@ def _pair_line(places: Places, a: int, b: int, found: float) -> bytes:
         "order": [int(places.files[a]), int(places.files[b])],
     }
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-
-
-def _records(path: Path, *keys: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for block in read_blocks(path):
-        if isinstance(block, BadLine):
-            raise ValueError(f"{block}. Make the file again.")
-        for line, raw in numbered_lines(block):
-            record = parse_line(raw)
-            missing = [key for key in keys if key not in record]
-            if missing:
-                raise ValueError(
-                    f"{path}:{line}: no {', '.join(missing)}. Give the file that the step before "
-                    "wrote."
-                )
-            yield f"{path}:{line}", record
-
-
-def _place(at: str, value: Any) -> tuple[str, int]:
-    match value:
-        case [str(file), int(line)]:
-            return file, line
-    raise ValueError(f"{at}: {value!r} is no file and line. Give the file the step before wrote.")
-
-
-def _keep(record: Record, text: str, line: int) -> Kept:
-    return Kept()

@@ -44,7 +44,12 @@ class Progress:
 
 
 class Tracker:
-    """Adds up what is reported over the inputs."""
+    """Adds up what is reported over the inputs.
+
+    Args:
+        report: called with each state.
+        size: bytes on disk of all inputs.
+    """
 
     def __init__(self, report: Callable[[Progress], None], size: int) -> None:
         self._report = report
@@ -54,11 +59,13 @@ class Tracker:
         self._size = size
 
     def show(self, counts: Counts, position: int) -> None:
+        """Report the counts of the present input, and how far it is read."""
         self._shown = max(self._shown, self._position + position)
         counts = self._before.plus(counts)
         self._report(Progress(counts=counts, position=self._shown, size=self._size))
 
     def next_input(self, counts: Counts, size: int) -> None:
+        """Go on to the next input after one with these counts and this size."""
         self._before = self._before.plus(counts)
         self._position += size
         self.show(Counts(bad={}), 0)

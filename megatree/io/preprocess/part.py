@@ -12,7 +12,13 @@ from megatree.io.preprocess.writers import PairWriters
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One encoded input of several; whole once its marker is there."""
+    """Pairs in a folder; whole once their marker is there.
+
+    Attributes:
+        folder: of all parts of a job.
+        stem: number of the input, and digest of all that decides its pairs.
+        keys: one pair each.
+    """
 
     folder: Path
     stem: str
@@ -20,10 +26,12 @@ class Part:
 
     @property
     def prefixes(self) -> dict[str, str]:
+        """Prefix of the pair of each key."""
         return {key: str(self.folder / f"{self.stem}_{key}") for key in self.keys}
 
     @property
     def bad(self) -> Path:
+        """Where bad lines are listed."""
         return self.folder / f"{self.stem}.bad.jsonl"
 
     @property
@@ -31,11 +39,13 @@ class Part:
         return self.folder / f"{self.stem}.whole.json"
 
     def read_counts(self) -> Counts | None:
+        """Return the counts of a whole part; None if it is not."""
         if not self._marker.exists():
             return None
         return Counts(**json.loads(self._marker.read_text(encoding="utf-8")))
 
     def mark_whole(self, counts: Counts) -> None:
+        """Say that all of it is on the disk."""
         with atomic_write(self._marker) as file:
             file.write(json.dumps(asdict(counts)).encode())
 
@@ -44,6 +54,7 @@ class Part:
         self._marker.unlink(missing_ok=True)
 
     def append_to(self, writers: PairWriters) -> Counts:
+        """Append its documents and bad lines; return its counts."""
         for key, prefix in self.prefixes.items():
             writers.by_key[key].add_file(IndexedFile(prefix))
         if self.bad.exists():

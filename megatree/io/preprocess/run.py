@@ -4,20 +4,20 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from megatree.io.data.atomic import StagedFile, atomic_write
 from megatree.io.data.index_format import token_dtype
-from megatree.io.data.indexed import IndexedFile, IndexedWriter
-from megatree.io.preprocess.blocks import BadLine
-from megatree.io.preprocess.encode import Encoded, Format, Recipe, encode_block, load_once
+from megatree.io.preprocess.counts import Counts, Progress, Tracker
+from megatree.io.preprocess.encode import Format, Recipe, encode_block, load_once
+from megatree.io.preprocess.input_file import InputFile
 from megatree.io.preprocess.inputs import format_of, input_blocks
 from megatree.io.preprocess.parallel import ordered_map
+from megatree.io.preprocess.part import Part
+from megatree.io.preprocess.writers import PairWriters
 from megatree.io.tokenizers import Tokenizer, read_beside, tokenizer_facts, write_beside
 
 OnBadLine = Literal["stop", "skip"]
@@ -162,7 +162,11 @@ class _Job:
     def run(self) -> Summary:
         if len(self.sources) == 1:
             with self._writers() as writers:
-                counts = self._encode(self.sources[0], writers, Tracker(self.report, sum(source.size for source in self.sources)))
+                counts = self._encode(
+                    self.sources[0],
+                    writers,
+                    Tracker(self.report, sum(source.size for source in self.sources)),
+                )
                 self._finish(writers, counts)
             return self._summary(counts, reused=0)
         parts, reused = self._encode_parts()

@@ -42,12 +42,14 @@ class PairWriters:
             self._bad_path.unlink(missing_ok=True)
 
     def add(self, encoded: Encoded) -> None:
+        """Append the documents of a block, and list its bad lines."""
         for key, column in encoded.columns.items():
             self.by_key[key].add_documents(column.tokens, column.lengths, column.sequences)
         for one in encoded.bad:
             self.add_bad(json.dumps(asdict(one), ensure_ascii=True).encode() + b"\n")
 
     def add_bad(self, lines: bytes) -> None:
+        """List bad lines that are JSON already."""
         if self._bad is None:
             self._bad = StagedFile(self._bad_path)
         self._bad.write(lines)

@@ -14,7 +14,7 @@ import pytest
 from megatree.io.corpus import NearDuplicates, drop_groups, find_pairs, group_pairs
 from megatree.io.corpus.bands import choose_bands
 from megatree.io.corpus.minhash import SHINGLE, shingles, signatures, similarity
-from megatree.io.corpus.near import _ALL_PAIRS
+from megatree.io.corpus.search import ALL_PAIRS
 from megatree.io.corpus.stream import Job
 from megatree.io.data.demo import load_demo
 
@@ -120,7 +120,7 @@ def test_pairs_are_exact_and_nearly_all_found(tmp_path: Path) -> None:
 
 def test_a_crowd_of_copies_is_compared_with_its_first_only(tmp_path: Path) -> None:
     """All pairs of a thousand copies would be half a million comparisons."""
-    copies = [f"{CHAPTERS[0]} {number}" for number in range(10 * _ALL_PAIRS)]
+    copies = [f"{CHAPTERS[0]} {number}" for number in range(10 * ALL_PAIRS)]
     job = corpus(tmp_path, [CHAPTERS[1], *copies, CHAPTERS[2]])
     found = find_pairs(job, NearDuplicates())
     assert found.compared < 3 * len(copies)
