@@ -109,7 +109,7 @@ def print_plan(console: Console, made: "Plan", guess: "Estimate") -> None:
     """Print a plan and its estimate as tables."""
     console.print(
         f"{made.num_params:,} parameters on {made.num_ranks:,} ranks ({made.mesh}), "
-        f"{made.num_microbatches} microbatches, {made.tokens_per_step:,} tokens a step, "
+        f"{made.num_microbatches} microbatch{'es' if made.num_microbatches > 1 else ''}, {made.tokens_per_step:,} tokens a step, "
         f"{made.flops_per_token / 1e9:.3f} GFLOPs a token",
         highlight=False,
     )
@@ -120,21 +120,21 @@ def print_plan(console: Console, made: "Plan", guess: "Estimate") -> None:
 
 def memory_table(made: "Plan") -> Table:
     """Return memory and work per pipeline rank."""
-    table = Table(title="One rank of each pipeline rank", title_justify="left", box=box.SIMPLE)
+    title = "One rank of each pipeline rank: parameters, and memory in MiB"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in (
-        "pp", "stages", "parameters", "weights GiB", "gradients GiB", "optimizer GiB",
-        "activations GiB", "x live", "peak GiB",
+        "pp", "stages", "parameters", "weights", "grads", "optim.", "kept", "live", "peak",
     ):  # fmt: skip
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for s in made.stages:
         sizes = (s.parameter_bytes, s.gradient_bytes, s.optimizer_bytes, s.activation_bytes)
         table.add_row(
             str(s.rank),
             " ".join(map(str, s.stages)),
             f"{s.parameters:,}",
-            *(gib(n) for n in sizes),
+            *(mib(n) for n in sizes),
             f"{s.live_microbatches:g}",
-            gib(s.peak_bytes),
+            mib(s.peak_bytes),
         )
     return table
 
@@ -157,9 +157,9 @@ def collectives_table(made: "Plan") -> Table:
     return table
 
 
-def gib(size: int) -> str:
-    """Spell bytes in GiB."""
-    return f"{size / 2**30:,.3f}"
+def mib(size: int) -> str:
+    """Spell bytes in MiB."""
+    return f"{size / 2**20:,.1f}"
 
 
 def differences(a: object, b: object, place: str = "") -> list[tuple[str, str, str]]:

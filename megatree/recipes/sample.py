@@ -1,5 +1,6 @@
 """Text from a checkpoint: its own config and tokenizer, on any mesh."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,13 @@ def sample(
         The continuations.
 
     Raises:
-        ValueError: there is no checkpoint, or the texts are too long for the model.
+        ValueError: there is no checkpoint, the texts are too long for the model, or the mesh is
+            not one for generation.
     """
     world = current_world()
     path, cfg = world.broadcast(world.on_first(lambda: _find(checkpoint)))
-    layout = layout_of(mesh, cfg.rules, cfg.pipeline)
+    _check_mesh(mesh, cfg, len(prompts))
+    layout = layout_of(mesh, cfg.rules)
     tokenizer = load_tokenizer(cfg.data)
     eod = end_of_document(cfg.data, tokenizer)
     rows = [tokenizer.encode(prompt).ids or [eod] for prompt in prompts]
@@ -79,6 +82,20 @@ def sample(
     # Decoded as one text: the bytes of a character may be in both halves.
     whole = [tokenizer.decode(row + new) for row, new in zip(rows, made, strict=True)]
     return [text[len(tokenizer.decode(row)) :] for text, row in zip(whole, rows, strict=True)]
+
+
+def _check_mesh(mesh: MeshConfig, cfg: RunConfig, num_prompts: int) -> None:
+    if mesh.pp > 1:
+        raise ValueError(
+            f"mesh.pp: {mesh.pp}, but generation knows no pipeline. "
+            "Set mesh.pp to 1, and mesh.tp to as many ranks as the model needs."
+        )
+    parts = math.prod(mesh.sizes[axis] for axis in cfg.rules.get("batch", ()))
+    if num_prompts % parts:
+        raise ValueError(
+            f"mesh: {num_prompts} prompts do not divide over {parts} ranks ({mesh}). "
+            f"Give {-(-num_prompts // parts) * parts} prompts, or set mesh.dp to 1."
+        )
 
 
 def _find(checkpoint: str) -> tuple[str, RunConfig]:

@@ -135,7 +135,11 @@ class _Job:
         """Return what an earlier run of the same job wrote."""
         told = [read_beside(prefix) for prefix in self.outputs.values()]
         inputs = [source.facts() for source in self.sources]
-        whole = all(Path(f"{prefix}.idx").exists() for prefix in self.outputs.values())
+        whole = all(
+            Path(f"{prefix}{suffix}").exists()
+            for prefix in self.outputs.values()
+            for suffix in (".bin", ".idx")
+        )
         same = all(
             facts is not None and facts.get("job") == self.facts() and facts["inputs"] == inputs
             for facts in told
