@@ -1,7 +1,6 @@
 """`megatree corpus`: make a corpus of loose JSON cleaner, step by step."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -251,7 +250,3 @@ def main(args: list[str]) -> int:
     prog = f"megatree corpus {name}"
     command(tyro.cli(options, prog=prog, description=text, args=args[1:], config=_CONFIG))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

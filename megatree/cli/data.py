@@ -1,7 +1,6 @@
 """`megatree data`: text to token files and back, and what is built from them before a run."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -286,7 +285,3 @@ def main(args: list[str]) -> int:
     prog = f"megatree data {name}"
     command(tyro.cli(options, prog=prog, description=text, args=args[1:], config=_CONFIG))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

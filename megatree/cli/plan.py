@@ -109,7 +109,8 @@ def print_plan(console: Console, made: "Plan", guess: "Estimate") -> None:
     """Print a plan and its estimate as tables."""
     console.print(
         f"{made.num_params:,} parameters on {made.num_ranks:,} ranks ({made.mesh}), "
-        f"{made.num_microbatches} microbatch{'es' if made.num_microbatches > 1 else ''}, {made.tokens_per_step:,} tokens a step, "
+        f"{made.num_microbatches} microbatch{'es' if made.num_microbatches > 1 else ''}, "
+        f"{made.tokens_per_step:,} tokens a step, "
         f"{made.flops_per_token / 1e9:.3f} GFLOPs a token",
         highlight=False,
     )
@@ -141,19 +142,18 @@ def memory_table(made: "Plan") -> Table:
 
 def collectives_table(made: "Plan") -> Table:
     """Return the collectives of a step, the largest first."""
-    table = Table(title="Collectives of one rank, one step", title_justify="left", box=box.SIMPLE)
+    title = "Collectives of one rank, one step (those marked ~ can run under compute)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("phase", "unit", "at", "collective", "over"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for heading in ("MiB", "times"):
-        table.add_column(heading, justify="right")
-    table.add_column("hidden")
+        table.add_column(heading, justify="right", no_wrap=True)
     for c in made.collectives:
-        table.add_row(
-            c.phase, c.unit, c.source, c.kind, " ".join(c.axes), f"{c.bytes / 2**20:,.2f}",
-            str(c.count), "can be" if c.overlappable else "",
-        )  # fmt: skip
+        phase = f"~{c.phase}" if c.overlappable else c.phase
+        size = f"{c.bytes / 2**20:,.2f}"
+        table.add_row(phase, c.unit, c.source, c.kind, " ".join(c.axes), size, str(c.count))
     if not made.collectives:
-        table.add_row("none", *[""] * 7)
+        table.add_row("none", *[""] * 6)
     return table
 
 

@@ -23,6 +23,9 @@ from megatree.runtime.refusals import refusal
 _GRACE = 0.3
 """Seconds to wait for other reports: peers of a dead rank fail too, sometimes before it is seen."""
 
+_EXIT = 5.0
+"""Seconds that a rank which has reported may take to end by itself."""
+
 
 class RankFailed(RuntimeError):  # noqa: N818 (it says what happened)
     """A process of the job raised or died; the message starts with its traceback.
@@ -123,7 +126,10 @@ def launch(
                 far.close()
                 processes.append(process)
                 pipes.append(pipe)
-            return _wait(processes, pipes)
+            result = _wait(processes, pipes)
+            for process in processes:  # what a rank has started (compilers) it also cleans up
+                process.join(_EXIT)
+            return result
         finally:
             for process in processes:
                 process.kill()
@@ -206,7 +212,7 @@ def _rank_main(
         )
         value = fn(device, *args)
         dist.barrier()
-        sys.stdout.flush()  # whoever launched us kills us once all have reported
+        sys.stdout.flush()  # whoever launched us does not wait for ever
         pipe.send_bytes(pickle.dumps((time.time(), value if rank == 0 else None, "")))
     except BaseException as error:
         pipe.send_bytes(pickle.dumps((time.time(), refusal(error), traceback.format_exc())))

@@ -25,7 +25,7 @@ from megatree.runtime.jax.keys import keep_mask
 from megatree.runtime.jax.to_jax import to_jax
 from tests.runtime.jax.compare import array, differences, in_torch, off, tensor
 from tests.runtime.one_device import differentiate, reference
-from tests.runtime.table import MODELS, layouts
+from tests.runtime.table import DEFAULT, MODELS, layouts
 from tests.tolerances import RELATIVE, assert_leaves_close, distance
 
 EXACT = RELATIVE[torch.float64]
@@ -70,22 +70,22 @@ QUICK_ROWS = {
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "num_layers"),
+    ("model", "name"),
     [
-        pytest.param(model, name, layers, marks=marks, id=f"{model} on {name}, {layers} layers")
-        for model in MODELS
-        for name in layouts(model)
+        pytest.param(
+            model,
+            name,
+            id=f"{model} on {name}",
+            marks=() if (model, name) in QUICK_ROWS else pytest.mark.full,
+        )
+        for model, names in DEFAULT.items()
+        for name in dict.fromkeys([*names, *(n for m, n in QUICK_ROWS if m == model)])
         if name != "one rank"
-        for layers, marks in [
-            *([(1, ())] if (model, name) in QUICK_ROWS else []),
-            (2, pytest.mark.full),
-        ]
     ],
 )
-def test_a_model_on_a_mesh(model: str, name: str, num_layers: int) -> None:
+def test_a_model_on_a_mesh(model: str, name: str) -> None:
     """XLA chooses the collectives from the rules' constraints; the numbers must not know."""
-    cfg = replace(MODELS[model], num_layers=num_layers)
-    assert_like_torch(cfg, layouts(model)[name])
+    assert_like_torch(replace(MODELS[model], num_layers=1), layouts(model)[name])
 
 
 def test_a_wrong_form_in_a_model_is_seen() -> None:

@@ -55,7 +55,7 @@ def test_a_model_is_typed_as_jax_types_it(model: str, name: str) -> None:
     assert report.silent == {}
     assert not report.summed
     assert report.same.total() > 15
-    assert report.told["move"] > 2
+    assert report.told["move"] > 0
 
 
 # JAX lays zeros_like(x) out as x even if x is a pending sum, where its ones_like counts n times.
