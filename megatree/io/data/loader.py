@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from megatree.io.data.stream import Batches, Columns
 
 
@@ -82,7 +80,7 @@ class Loader:
                 f"Loader: prefetch {prefetch} and consumed {consumed} must not be negative. "
                 "Use 0 or more."
             )
-        if pin and not torch.cuda.is_available():
+        if pin and not _has_cuda():
             raise ValueError("Loader: pin needs CUDA, which is not there. Use pin=False.")
         size = batch_size if callable(batch_size) else lambda consumed: batch_size
         self._steps = _steps(source, size, share, consumed, stop, pin)
@@ -209,5 +207,13 @@ def _steps(
         consumed += size
 
 
+def _has_cuda() -> bool:
+    import torch  # not at the top: a worker that only reads needs no torch
+
+    return torch.cuda.is_available()
+
+
 def _pinned(batch: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
     return {name: torch.from_numpy(array).pin_memory() for name, array in batch.items()}
