@@ -51,7 +51,7 @@ def main() -> None:
     once = train(mt.arrays_to_jax(params), BATCH, by_torch)
     in_jax = jax.jit(jax.value_and_grad(mt.to_jax(loss, LAYOUT)))
     placed = mt.arrays_to_jax((params, BATCH), LAYOUT, (MODEL.params, MODEL.batch))
-    torch.testing.assert_close(train(*placed, in_jax), once, rtol=1e-12, atol=0)
+    torch.testing.assert_close(train(placed[0], placed[1], in_jax), once, rtol=1e-12, atol=0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 
@@ -33,9 +33,14 @@ def check_extra(value: Any, place: str, depth: int = 0) -> None:
         raise ValueError(f"{place}: a value of type {type(value).__name__}. {_FIX}")
 
 
+def packed(value: Any) -> bytes:
+    """Return a value as msgpack."""
+    return cast(bytes, msgpack.packb(value))
+
+
 def fingerprints(extra: Mapping[str, Any]) -> dict[str, int]:
     """Return a checksum of each entry, the same whatever the order of its dicts."""
-    return {key: zlib.crc32(msgpack.packb(_ordered(value))) for key, value in extra.items()}
+    return {key: zlib.crc32(packed(_ordered(value))) for key, value in extra.items()}
 
 
 def differing(ranks: Sequence[Mapping[str, int]]) -> list[str]:

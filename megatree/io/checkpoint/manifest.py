@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from struct import pack
 from typing import Any
 
-import msgpack
-
 from megatree.io.checkpoint.box import Box, spelled
 from megatree.io.checkpoint.dtypes import dtype_name
+from megatree.io.checkpoint.extra import packed
 from megatree.io.checkpoint.piece import Leaf
 
 FORMAT = "megatree-checkpoint"
@@ -97,7 +96,7 @@ def place(parts: Sequence[tuple[Leaf, Box]], file: str) -> list[Chunk]:
 def encode(manifest: Manifest) -> bytes:
     """Return the bytes of the manifest file: the same bytes for the same value."""
     files = sorted(manifest.files)
-    body = msgpack.packb(
+    body = packed(
         {
             "block_bytes": manifest.block_bytes,
             "files": [{"name": name, "nbytes": manifest.files[name]} for name in files],
@@ -105,9 +104,7 @@ def encode(manifest: Manifest) -> bytes:
             "extra": manifest.extra,
         }
     )
-    return msgpack.packb(
-        {"format": FORMAT, "version": VERSION, "crc32": zlib.crc32(body), "body": body}
-    )
+    return packed({"format": FORMAT, "version": VERSION, "crc32": zlib.crc32(body), "body": body})
 
 
 def _encode_leaf(stored: StoredLeaf, files: Sequence[str]) -> dict[str, Any]:

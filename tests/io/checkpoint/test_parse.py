@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatree.io.checkpoint import Piece, load, read_manifest, save
+from megatree.io.checkpoint.extra import packed
 from megatree.io.checkpoint.parse import decode
 from megatree.io.world import World
 
@@ -32,8 +33,8 @@ def rewritten(raw: bytes, change: Callable[[Any], Any]) -> bytes:
     """Return the manifest with a changed body under a right checksum."""
     envelope = msgpack.unpackb(raw)
     body = msgpack.unpackb(envelope["body"])
-    packed = msgpack.packb(change(body) or body)
-    return msgpack.packb(envelope | {"body": packed, "crc32": zlib.crc32(packed)})
+    raw = packed(change(body) or body)
+    return packed(envelope | {"body": raw, "crc32": zlib.crc32(raw)})
 
 
 def leaf(change: dict[str, Any]) -> Callable[[Any], Any]:
@@ -166,7 +167,7 @@ def test_keys_of_a_later_minor_addition_are_ignored(good):
 
 
 def test_a_later_version_is_refused_before_anything_else_is_read():
-    raw = msgpack.packb({"format": "megatree-checkpoint", "version": 2, "whatever": [1]})
+    raw = packed({"format": "megatree-checkpoint", "version": 2, "whatever": [1]})
     text = (
         "m: written in format version 2, this megatree reads up to 1. "
         "Load it with a newer megatree."
@@ -178,17 +179,17 @@ def test_a_later_version_is_refused_before_anything_else_is_read():
 ENVELOPES = {
     "empty": (b"", "0 bytes that are not one msgpack value (ValueError)"),
     "text": (b"step 20\n", "8 bytes that are not one msgpack value (ExtraData)"),
-    "another value": (msgpack.packb(3), "the field 'format' is missing"),
+    "another value": (packed(3), "the field 'format' is missing"),
     "another format": (
-        msgpack.packb({"format": "zip"}),
+        packed({"format": "zip"}),
         "the format is 'zip', not 'megatree-checkpoint'",
     ),
     "version 0": (
-        msgpack.packb({"format": "megatree-checkpoint", "version": 0}),
+        packed({"format": "megatree-checkpoint", "version": 0}),
         "format version 0 was never written",
     ),
     "version of another kind": (
-        msgpack.packb({"format": "megatree-checkpoint", "version": "1"}),
+        packed({"format": "megatree-checkpoint", "version": "1"}),
         "the field 'version' is str, not int",
     ),
     "deep": (b"\x91" * 100_000, "100000 bytes that are not one msgpack value (StackError)"),
