@@ -33,7 +33,7 @@ def train(params, batch, value_and_grad):
     for _ in range(5):
         value, grads = value_and_grad(params, batch)
         updates, state = jax.jit(OPTIMIZER.update)(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params = jax.jit(optax.apply_updates)(params, updates)
         losses.append(float(value))
     print(losses)
     return losses

@@ -61,14 +61,14 @@ def against_jax(program: ModelProgram, unit: str | None = None) -> str:
         ours = program.units[name].program.collectives
         theirs = gspmd_collectives(program, name)
         for phase, both in (("forward", ["forward"]), ("backward", ["backward", "sync"])):
-            mine = _counts(c for c in ours if c.phase in both)
-            jaxs = _counts(c for c in theirs if c.phase == phase)
-            rows.append(f"  {phase:<9} {mine or '-'} | {jaxs or '-'}")
+            mine = [c for c in ours if c.phase in both]
+            jaxs = [c for c in theirs if c.phase == phase]
+            rows.append(f"  {phase:<9} {_counts(mine)}{_size(mine)} | {_counts(jaxs)}{_size(jaxs)}")
         lines = sorted({c.source for c in [*ours, *theirs] if c.phase != "sync"})
         for source in lines:
-            mine = _counts(c for c in ours if c.source == source)
-            jaxs = _counts(c for c in theirs if c.source == source)
-            rows.append(f"    {source:<22} {mine or '-'} | {jaxs or '-'}")
+            mine = [c for c in ours if c.source == source]
+            jaxs = [c for c in theirs if c.source == source]
+            rows.append(f"    {source:<22} {_counts(mine)} | {_counts(jaxs)}")
     return "\n".join(rows)
 
 
@@ -186,9 +186,15 @@ def _takes_maximum(rest: str, text: str) -> bool:
     return body is not None and " maximum(" in body.group()
 
 
-def _counts(collectives: Any) -> str:
+def _counts(collectives: Sequence[Collective]) -> str:
     counted = Counter(f"{c.kind}({'.'.join(c.axes)})" for c in collectives)
-    return " + ".join(f"{n} {name}" for name, n in sorted(counted.items()))
+    return " + ".join(f"{n} {name}" for name, n in sorted(counted.items())) or "-"
+
+
+def _size(collectives: Sequence[Collective]) -> str:
+    """Return the bytes that one rank holds of all of them, larger sides."""
+    size = sum(c.bytes for c in collectives)
+    return f" [{size / 1024:,.0f} KiB]" if size else ""
 
 
 def _bytes(shape: re.Match[str]) -> int:

@@ -48,17 +48,16 @@ class Interpreter:
 
     def __init__(self, forms: Mapping[Callable[..., Any], Form], lay: Lay = as_given) -> None:
         self.forms, self.lay = forms, lay
-        self.traces: dict[Any, Traced] = {}
 
     def call(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Trace a function of trees of tensors at the shapes of the arrays, and run it on them."""
         _, leaves, tree = flatten_with_paths(args)
         leaves = [jnp.asarray(x) for x in leaves]
-        key = (fn, tree, *map(abstract_of, leaves))
-        if key not in self.traces:
-            abstract = optree.tree_unflatten(tree, key[2:])
-            self.traces[key] = trace_global(fn, Layout(), *abstract)
-        traced = self.traces[key]
+        traced = trace_at(fn, tree, tuple(map(abstract_of, leaves)))
+        return self.results(traced, leaves)
+
+    def results(self, traced: Traced, leaves: Sequence[Array]) -> Any:
+        """Run a traced function on the leaves of its arguments."""
         return optree.tree_unflatten(traced.out_tree, list(self.run(traced.graph, leaves)))
 
     def run(self, graph: fx.Graph, inputs: Sequence[Array]) -> tuple[Array, ...]:
@@ -169,6 +168,13 @@ class Interpreter:
                 f"{_line(node)}: {node.meta['op']}: has no JAX form, and its body cannot be "
                 f"traced: {error} Or give a form: to_jax(fn, forms={{function: jax function}})."
             ) from error
+
+
+def trace_at(
+    fn: Callable[..., Any], tree: optree.PyTreeSpec, types: tuple[ShardType, ...]
+) -> Traced:
+    """Trace a function for one structure of its arguments and the types of their leaves."""
+    return trace_global(fn, Layout(), *optree.tree_unflatten(tree, types))
 
 
 def abstract_of(x: Any) -> ShardType:

@@ -1,15 +1,18 @@
 """`to_jax`: a global-view function as a JAX function, laid out by the same rules."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
+from megatree.functional.tree import flatten_with_paths
 from megatree.parallel.layout import Layout
 from megatree.runtime.jax.form import Form
-from megatree.runtime.jax.interpret import Interpreter, Lay, as_given
+from megatree.runtime.jax.interpret import Interpreter, Lay, abstract_of, as_given, trace_at
 from megatree.runtime.jax.shardings import jax_mesh, spec_of_axes
 
 
@@ -49,8 +52,12 @@ def to_jax(
     lay = as_given if layout is None else laid_on(layout, jax_mesh(layout, devices))
     interpreter = Interpreter(own, lay)
 
+    traced = functools.cache(functools.partial(trace_at, fn))
+
     def call(*args: Any) -> Any:
-        return interpreter.call(fn, *args)
+        _, leaves, tree = flatten_with_paths(args)
+        arrays = [jnp.asarray(x) for x in leaves]
+        return interpreter.results(traced(tree, tuple(map(abstract_of, arrays))), arrays)
 
     call.__name__ = getattr(fn, "__name__", type(fn).__name__)
     call.__doc__ = fn.__doc__

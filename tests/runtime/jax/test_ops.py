@@ -67,7 +67,7 @@ def test_every_spelling_of_an_op_runs_the_same_form() -> None:
 def test_every_spelling_of_an_op_agrees_with_torch() -> None:
     others = [(name, f, case) for name, functions, case in cases() for f in functions[1:]]
     assert not wrong(others)
-    assert len(others) > 300
+    assert len(others) > 250
 
 
 # -- a check must be able to fail ---------------------------------------------------------------
