@@ -1,6 +1,7 @@
 """`rulecheck`: try every placement of an op's operands; what the rule allows must be exact."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,16 +125,9 @@ def placements(x: Tensor, sizes: Mapping[str, int], grad: bool) -> list[ShardTyp
         kinds = {a: s for a, s in zip(sizes, choice, strict=True) if isinstance(s, str)}
         ty = make_type(tuple(x.shape), x.dtype, tuple(spec), sizes, kinds=kinds, grad=grad)
         cuts = zip(ty.shape, ty.local_shape(sizes), spec, strict=True)
-        if all(n == k * _product(sizes, axes) for n, k, axes in cuts):
+        if all(n == k * math.prod(sizes[a] for a in axes) for n, k, axes in cuts):
             out.append(ty)
     return out
-
-
-def _product(sizes: Mapping[str, int], axes: tuple[str, ...]) -> int:
-    n = 1
-    for axis in axes:
-        n *= sizes[axis]
-    return n
 
 
 def spread(

@@ -29,6 +29,7 @@ from megatree.runtime.adamw import adamw
 from megatree.runtime.collectives import ProcessComm
 from megatree.runtime.step import train_step
 from tests.ranks import ranks
+from tests.thread_worlds import threaded_worlds
 
 SIZES = {
     "vocab_size": 50, "seq_length": 8, "num_layers": 4, "embed": 16, "kv_heads": 4, "head_dim": 4,
@@ -157,7 +158,7 @@ def test_a_checkpoint_of_one_placement_loads_under_another(tmp_path) -> None:
         state, _ = step(step.init(0), [step.local(b) for b in batches()])
         return step, state
 
-    worlds = thread_worlds(2)
+    worlds = threaded_worlds(2)
     Threads({"pp": 2}).run(
         lambda comm: pieces.save(str(tmp_path / "a"), *save_main(comm), worlds[comm.rank])
     )
@@ -173,42 +174,10 @@ def test_a_checkpoint_of_one_placement_loads_under_another(tmp_path) -> None:
         state, _ = pieces.load(str(tmp_path / "a"), step, worlds4[comm.rank])
         return values(step, state)
 
-    worlds4 = thread_worlds(4)
+    worlds4 = threaded_worlds(4)
     for held in Threads({"pp": 4}).run(load_main):
         for key, value in held.items():
-            assert torch.equal(value, alone_value(alone, tmp_path, key)), key
-
-
-def alone_value(step, folder, key):
-    state, _ = pieces.load(str(folder / "a"), step, World.single())
-    for group in step.groups:
-        for leaf, layer, view in group.rows(state.params[group.name]):
-            if (leaf.path, layer) == key:
-                return view
-    raise AssertionError(key)
-
-
-def thread_worlds(size: int) -> list[World]:
-    """Return the worlds of ranks that are threads."""
-    import threading
-
-    barrier = threading.Barrier(size)
-    box: list[object] = [None] * size
-
-    def world(rank: int) -> World:
-        def gather(value):
-            box[rank] = value
-            barrier.wait()
-            out = list(box)
-            barrier.wait()
-            return out
-
-        return World(
-            rank=rank, size=size, barrier=lambda: (barrier.wait(), None)[1], gather=gather,
-            broadcast=lambda value: gather(value)[0],
-        )  # fmt: skip
-
-    return [world(rank) for rank in range(size)]
+            assert torch.equal(value, whole[key]), key
 
 
 @pytest.mark.parametrize(

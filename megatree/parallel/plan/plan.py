@@ -13,7 +13,7 @@ from megatree.parallel.layout import PIPELINE, Layout
 from megatree.parallel.model import ModelProgram, lower_model
 from megatree.parallel.plan.activations import SavedBytes, saved_bytes
 from megatree.parallel.plan.flops import attention_flops, forward_flops, narrowest_product
-from megatree.parallel.schedule import Schedule
+from megatree.parallel.schedule import Schedule, timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +253,6 @@ def _live(schedule: Schedule, rank: int) -> float:
 
 
 def _bubble(schedule: Schedule) -> float:
-    from megatree.parallel.schedule import timeline
-
     return timeline(schedule).bubble if schedule.num_ranks > 1 else 0.0
 
 
