@@ -2,13 +2,16 @@
 
     python -m benchmarks.data_index            # 10^9 tokens in 10^7 documents; a 2 GB sparse file
     python -m benchmarks.data_index --documents 100000 --tokens 10000000
+    python -m benchmarks.data_index --helpers FILE   # helpers_cpp*.so of a megatron-core wheel
 
 Every part runs in a process of its own, so that its peak memory is its own.
 """
 
 import argparse
+import importlib.util
 import itertools
 import multiprocessing
+import statistics
 import tempfile
 import time
 import tracemalloc
@@ -20,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pairs import report
+from benchmarks.pairs import interleave, report, spread
 from megatree.io.data import (
     GPTOptions,
     IndexCache,
@@ -34,6 +37,7 @@ from megatree.io.data import (
     gpt_dataset,
 )
 from megatree.io.data.blend_order import Rule
+from megatree.io.data.gpt_index import count_epochs, sample_index
 from megatree.io.data.index_format import write_index
 from megatree.io.data.packing import pack
 
@@ -131,6 +135,94 @@ def bench_plain(folder: str, documents: int, tokens: int) -> None:
     report("gpt_index_plain", seconds=seconds, equal_to_ours=equal)
 
 
+def load_helpers(path: str) -> Any:
+    """Return Megatron's compiled index functions, without importing Megatron."""
+    spec = importlib.util.spec_from_file_location("helpers_cpp", path)
+    assert spec is not None, path
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def bench_megatron(path: str, folder: str, documents: int, tokens: int) -> None:
+    """Time our index functions and Megatron's in turns, on one core; the arrays must be equal.
+
+    For GPT that is all of an epoch's index (on their side numpy shuffles, as in Megatron) and the
+    sample index alone, for BERT the mapping of a tenth of the corpus, for blends the order of a
+    million samples.
+    """
+    helpers = load_helpers(path)
+    lengths = made_lengths(documents, tokens)
+    few = lengths[: documents // 10]
+    bounds = np.arange(0, len(few) + 1, 10)
+    weights = np.random.default_rng(1).dirichlet(np.ones(20))
+    size = 1_000_000
+
+    def their_gpt() -> np.ndarray:
+        random = np.random.RandomState(1)
+        order = np.arange(documents, dtype=np.int32)
+        random.shuffle(order)
+        total = int(lengths.sum(dtype=np.int64))
+        samples = helpers.build_sample_idx_int32(lengths, order, SEQ, 1, total, True, 1)
+        random.shuffle(np.arange(len(samples) - 1, dtype=np.uint32))
+        return samples
+
+    def our_gpt() -> np.ndarray:
+        index = build_gpt_index(lengths, (0, documents), seq=SEQ, num_samples=None, seed=1)
+        return index.samples
+
+    order = np.random.default_rng(1).permutation(documents).astype(np.int32)
+    total = int(lengths.sum(dtype=np.int64))
+
+    def their_samples() -> np.ndarray:
+        return helpers.build_sample_idx_int32(lengths, order, SEQ, 1, total, True, 1)
+
+    def our_samples() -> np.ndarray:
+        epochs = count_epochs(total, seq=SEQ, extra=1, num_samples=None)
+        return sample_index(lengths, order, 0, epochs, keep_partial=False)
+
+    def their_bert() -> np.ndarray:
+        return helpers.build_mapping(bounds, few, 1, 2**31 - 2, 509, 0.1, 1, False, 2)
+
+    def our_bert() -> np.ndarray:
+        return build_masked_index(
+            few,
+            bounds,
+            longest=509,
+            min_sentences=2,
+            short_probability=0.1,
+            num_samples=None,
+            seed=1,
+        )
+
+    def their_blend() -> np.ndarray:
+        which, sample = np.zeros(size, np.int16), np.zeros(size, np.int64)
+        helpers.build_blending_indices(which, sample, weights, len(weights), size, False)
+        return which
+
+    def our_blend() -> np.ndarray:
+        return blend_order(weights.tolist(), size)[0]
+
+    sides = {
+        "gpt_index": (our_gpt, their_gpt),
+        "gpt_sample_index": (our_samples, their_samples),
+        "masked_index": (our_bert, their_bert),
+        "blend_order": (our_blend, their_blend),
+    }
+    for name, (ours, theirs) in sides.items():
+        equal = bool(np.array_equal(ours(), theirs()))
+        times = interleave(ours, theirs, pairs=5, warmup=0)
+        report(
+            f"{name}_against_megatron",
+            equal=equal,
+            ours_s=statistics.median(times.ours),
+            theirs_s=statistics.median(times.theirs),
+            time_over_theirs=spread(times.ratios),
+            cpu_over_theirs=statistics.median(times.cpu_ratios),
+        )
+
+
 def bench_file(folder: str, documents: int, tokens: int) -> None:
     """Time opening a pair, the cache, and batches."""
     lengths = made_lengths(documents, tokens)
@@ -223,10 +315,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=int, default=10_000_000)
     parser.add_argument("--tokens", type=int, default=1_000_000_000)
+    parser.add_argument("--helpers", help="compare with Megatron's compiled functions in this file")
     told = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        for part in (bench_index, bench_plain, bench_file, bench_others):
+        parts: list[Callable[..., None]] = [bench_index, bench_plain, bench_file, bench_others]
+        if told.helpers:
+            parts = [partial(bench_megatron, told.helpers)]
+        for part in parts:
             process = spawn.Process(target=part, args=(folder, told.documents, told.tokens))
             process.start()
             process.join()

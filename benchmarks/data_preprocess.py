@@ -107,7 +107,7 @@ def tokenizer_spec(folder: Path) -> TokenizerSpec:
     if gpt2.is_dir():
         return TokenizerSpec(kind="gpt2", path=gpt2)
     path = folder / "tokenizer.json"
-    path.write_text(load_demo().tokenizer.to_str(), encoding="utf-8")
+    path.write_text(load_demo().tokenizer.backend.to_str(), encoding="utf-8")
     return TokenizerSpec(kind="hf", path=path, eod="<|endoftext|>")
 
 
@@ -126,6 +126,7 @@ def corpus(folder: Path) -> tuple[Path, str]:
     out = folder / "corpus.jsonl"
     script = SHARED / "data" / "corpus" / "bench_corpus_from_debian.py"
     try:
+        (folder / "x").mkdir()
         subprocess.run(
             ["apt-get", "download", *PACKAGES], cwd=folder, check=True, capture_output=True
         )

@@ -10,7 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from megatree.cli.choose import choose
-from megatree.cli.data_options import Export, Index, Inspect, Merge, Preprocess, TrainTokenizer
+from megatree.cli.data_options import (
+    Chat,
+    Export,
+    Index,
+    Inspect,
+    Merge,
+    Preprocess,
+    TrainTokenizer,
+)
 from megatree.io.tokenizers.spec import Kind, TokenizerSpec
 
 if TYPE_CHECKING:
@@ -63,6 +71,59 @@ def preprocess(options: Preprocess) -> None:
     if summary.bad_lines is not None:
         told = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.bad.items()))
         print(f"left out: {told}; listed in {summary.bad_lines}")
+
+
+def chat(options: Chat) -> None:
+    """Encode conversations into pairs."""
+    from megatree.io.data.chat import encode_chats, read_conversations
+    from megatree.io.data.chat_template import ChatTemplate, find_template
+    from megatree.io.data.index_format import token_dtype
+    from megatree.io.preprocess.meter import Meter
+    from megatree.io.tokenizers import load_tokenizer, tokenizer_facts, write_beside
+
+    tokenizer = load_tokenizer(options.tokenizer)
+    special = {name: tokenizer.piece(token) for name, token in tokenizer.special.named().items()}
+    variables = {f"{name}_token": spelled for name, spelled in special.items()}
+    source = find_template(options.template or options.tokenizer.path)
+    total = sum(path.stat().st_size for path in options.inputs)
+    done = {"conversations": 0, "bytes": 0}
+
+    def read(num_bytes: int) -> None:
+        done["bytes"] += num_bytes
+
+    def conversations() -> Iterator[tuple[str, Any]]:
+        for path in options.inputs:
+            for conversation in read_conversations(path, report=read):
+                done["conversations"] += 1
+                meter.show(*done.values(), done=done["bytes"], total=total)
+                yield conversation
+
+    with (
+        Meter("chat") as meter,
+        ChatTemplate(source, variables=variables, learn=options.learn) as template,
+    ):
+        told = encode_chats(
+            conversations(),
+            options.output_prefix,
+            template,
+            tokenizer.encode_marked,
+            dtype=token_dtype(tokenizer.vocab_size),
+            reserved=options.reserved or tuple(dict.fromkeys(special.values())),
+            bad=options.on_bad_chat,
+            overwrite=options.overwrite,
+        )
+        write_beside(
+            f"{options.output_prefix}_tokens",
+            {"tokenizer": tokenizer_facts(tokenizer, options.tokenizer)},
+        )
+        print(meter.rates(*done.values()))
+    print(
+        f"{options.output_prefix}_tokens and _learned: {told.written:,} conversations, "
+        f"{told.tokens:,} tokens, {told.learned:,} of them learned"
+    )
+    for reason, number in sorted(told.skipped.items()):
+        print(f"left out {number}: {reason}")
+    print(f"train on it with: --data.prefix {options.output_prefix} --data.kind chat")
 
 
 def merge(options: Merge) -> None:
@@ -269,6 +330,7 @@ def _texts(options: TrainTokenizer) -> Iterator[str]:
 ABOUT = "Text to token files that Megatron reads too, and back."
 COMMANDS: Mapping[str, tuple[str, type, Callable]] = {
     "preprocess": ("Encode text files into .bin/.idx pairs.", Preprocess, preprocess),
+    "chat": ("Encode conversations into pairs of tokens and of what is learned.", Chat, chat),
     "merge": ("Write one pair with the documents of several.", Merge, merge),
     "inspect": ("Print the counts of a pair, and some documents decoded.", Inspect, inspect),
     "export": ("Write a pair back as loose JSON.", Export, export),

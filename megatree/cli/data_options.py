@@ -61,6 +61,32 @@ class Preprocess:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Chat:
+    """What `megatree data chat` takes.
+
+    Args:
+        inputs: JSONL with "messages" on every line: lists of objects with "role" and "content".
+        output_prefix: start of the names: PREFIX_tokens.bin and .idx, PREFIX_learned.bin and .idx.
+        tokenizer: which one.
+        template: a Jinja file, or a JSON file with "chat_template"; by default the one in the
+            tokenizer's folder.
+        learn: learn every message of the assistant, or the last of each conversation.
+        reserved: texts that no message may hold; by default the tokenizer's special tokens.
+        on_bad_chat: stop at a conversation that cannot be used, or leave it out and count it.
+        overwrite: replace pairs of that name.
+    """
+
+    inputs: Positional[tuple[Path, ...]]
+    output_prefix: str
+    tokenizer: TokenizerSpec
+    template: Path | None = None
+    learn: Literal["all", "last"] = "all"
+    reserved: tuple[str, ...] = ()
+    on_bad_chat: Literal["stop", "skip"] = "stop"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Merge:
     """What `megatree data merge` takes.
 

@@ -1,148 +1,267 @@
-"""From a config to samples: the text, its tokenizer, what is held out."""
+"""From a config to samples: which files, what is held out, in which order."""
 
-import json
-import lzma
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tokenizers import Tokenizer
-from tokenizers.implementations import ByteLevelBPETokenizer
+from megatree.io.data import (
+    Blend,
+    Corpus,
+    Dataset,
+    Documents,
+    FillInMiddle,
+    GPTOptions,
+    IndexCache,
+    IndexedFile,
+    MockSequences,
+    Sequences,
+    Stream,
+    encode_documents,
+    gpt_datasets,
+    packed_datasets,
+    parse_blend,
+)
+from megatree.io.data.first_rank import on_first_rank
+from megatree.io.data.mixture import Data, NumSamples, Splits
+from megatree.io.world import World
+from megatree.recipes.config import RunConfig
+from megatree.recipes.data_config import DataConfig
+from megatree.recipes.text import read_texts
+from megatree.recipes.vocabulary import Vocabulary, find_vocabulary, load_tokenizer
+from megatree.runtime.agreement import check_agreement
 
-from megatree.io.data import TokenDataset, encode_documents, load_demo, split_documents
-from megatree.recipes.config import DataConfig, RunConfig
-from megatree.recipes.words import did_you_mean
+IN_MEMORY = "the text"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Documents and the tokenizer that reads them.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunData:
+    """The samples of a run.
 
     Args:
-        texts: one per document.
-        tokenizer: turns them into ids.
-        eod: id that ends a document.
+        train: to learn from.
+        valid: to evaluate on, the same samples every time; None if nothing is held out.
+        vocabulary: what is known of the tokenizer behind the ids.
+        samples: training samples that the order was made for.
     """
 
-    texts: tuple[str, ...]
-    tokenizer: Tokenizer
-    eod: int
+    train: Stream
+    valid: Stream | None
+    vocabulary: Vocabulary
+    samples: int
 
 
-def load_text(cfg: DataConfig) -> Text:
-    """Read the text and the tokenizer that a config names.
+def open_data(cfg: RunConfig, world: World, *, samples: int) -> RunData:
+    """Open the data of a run; every rank calls it.
+
+    One rank encodes a text, reads the tokenizer and builds the indices; the others wait.
+
+    Args:
+        cfg: the run.
+        world: its processes.
+        samples: training samples that the order is made for.
 
     Raises:
-        ValueError: nothing is named, or a file is not what it should be.
+        ValueError: nothing is named, files and tokenizer or model do not fit each other, a file is
+            damaged, or too little is there.
+        TimeoutError: the one rank took longer than the deadline.
         OSError: a file cannot be read.
     """
-    if not cfg.text:
-        raise ValueError(
-            "data.text: this recipe brings no text. Set data.text to a .jsonl or .txt file and "
-            "data.tokenizer to a tokenizer.json, or both to demo for the text inside the package."
+    data = cfg.data
+    pairs = world.agree(lambda: _pairs(data))
+    opened = world.agree(lambda: {prefix: IndexedFile(prefix) for prefix in pairs})
+    # Before any index is built: ranks with different files would wait for different ones.
+    check_agreement(world, {f"data.{name}": file.identity for name, file in opened.items()})
+    vocabulary = world.broadcast(world.on_first(lambda: _vocabulary(cfg, pairs)))
+    files: dict[str, Sequences] = {**opened, **_in_memory(cfg, world, vocabulary)}
+    tree = world.agree(lambda: _tree(data))
+    cache = _cache(cfg, world)
+    wanted = (samples, _held_out_samples(cfg, tree), 0)
+    if data.kind == "gpt":
+        train, valid, _ = _gpt(cfg, tree, wanted, vocabulary, files, cache)
+    else:
+        train, valid, _ = packed_datasets(
+            tree,
+            cfg.model.seq_length,
+            seed=data.seed,
+            num_samples=wanted,
+            chats=data.kind == "chat",
+            packing=data.packing,
+            too_long=data.too_long,
+            vocab_size=cfg.model.vocab_size,
+            cache=cache,
+            open_file=files.__getitem__,
         )
-    tokenizer = load_tokenizer(cfg)
-    texts = load_demo().texts if cfg.text == "demo" else _read_texts(Path(cfg.text))
-    return Text(texts=texts, tokenizer=tokenizer, eod=end_of_document(cfg, tokenizer))
+    if train is None:
+        raise ValueError(f"data.split: {data.split!r} leaves nothing to train on. Raise the first.")
+    held_out = None if valid is None or not len(valid) else Stream(dataset=valid)
+    world.agree(lambda: _check_sizes(cfg, train, held_out))
+    return RunData(
+        train=Stream(dataset=train, seed=data.seed, stored_first=True),
+        valid=held_out,
+        vocabulary=vocabulary,
+        samples=samples,
+    )
 
 
-def load_tokenizer(cfg: DataConfig) -> Tokenizer:
-    """Read the tokenizer that a config names.
+def _pairs(data: DataConfig) -> tuple[str, ...]:
+    """Return the prefix of every pair of files that is read, each once."""
+    if not data.prefix:
+        if not data.text:
+            raise ValueError(
+                "data: this recipe brings no data. Set data.prefix to what `megatree data "
+                "preprocess` wrote, or data.text to a small .jsonl or .txt file, or to demo for "
+                "the text inside the package."
+            )
+        return ()
+    prefixes = [
+        corpus.prefix
+        for words in (data.prefix, data.valid_prefix)
+        if words
+        for corpus in _corpora(parse_blend(words))
+    ]
+    parts = ("_tokens", "_learned") if data.kind == "chat" else ("",)
+    return tuple(dict.fromkeys(f"{prefix}{part}" for prefix in prefixes for part in parts))
 
-    Raises:
-        ValueError: none is named, or the file is no tokenizer.
-        OSError: the file cannot be read.
-    """
-    if cfg.tokenizer == "demo":
-        return load_demo().tokenizer
-    path = Path(cfg.tokenizer)
-    if not cfg.tokenizer or not path.exists():
+
+def _corpora(tree: Corpus | Blend) -> list[Corpus]:
+    if isinstance(tree, Corpus):
+        return [tree]
+    return [corpus for part in tree.parts for corpus in _corpora(part)]
+
+
+def _tree(data: DataConfig) -> Data:
+    """Return the corpora of a config, and how they are blended and split."""
+    if not data.prefix:
+        return Corpus(prefix=IN_MEMORY, split=data.split)
+    tree = parse_blend(data.prefix, split=data.split)
+    if data.epochs:
+        if not isinstance(tree, Blend) or tree.weights is not None:
+            raise ValueError(
+                f"data.epochs: {len(data.epochs)} numbers, and data.prefix is no list of prefixes "
+                "without weights. Name several, or leave data.epochs out."
+            )
+        tree = replace(tree, epochs=data.epochs)
+    if data.valid_prefix:
+        return (tree, parse_blend(data.valid_prefix), None)
+    return tree
+
+
+def _vocabulary(cfg: RunConfig, pairs: tuple[str, ...]) -> Vocabulary:
+    """Return what is known of the vocabulary, and refuse a model that it does not fit."""
+    entries = cfg.model.vocab_size
+    if cfg.data.text == "mock":
+        return Vocabulary(identity=None, size=entries, eod=entries - 1)
+    learned = {
+        prefix for prefix in pairs if cfg.data.kind == "chat" and prefix.endswith("_learned")
+    }
+    found = find_vocabulary(cfg.data, tuple(p for p in pairs if p not in learned))
+    if found.size is not None and found.size > entries:
         raise ValueError(
-            f"data.tokenizer: {cfg.tokenizer!r} is no file. Give a tokenizer.json, a folder with "
-            "vocab.json and merges.txt, or demo."
+            f"model.vocab_size: {entries}, but the tokenizer has {found.size} entries. "
+            f"Set model.vocab_size to {found.size}, or use a smaller tokenizer."
         )
-    try:
-        if path.is_dir():
-            names = str(path / "vocab.json"), str(path / "merges.txt")
-            return Tokenizer.from_str(ByteLevelBPETokenizer(*names).to_str())
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    looks = [
+        name
+        for name in ("reset_positions", "reset_attention", "eod_mask_loss", "fim_rate")
+        if getattr(cfg.data, name)
+    ]
+    if looks and found.eod is None:
         raise ValueError(
-            f"data.tokenizer: {path} is no tokenizer ({error}). Give a tokenizer.json, or a folder "
-            "with vocab.json and merges.txt."
-        ) from None
-
-
-def datasets(cfg: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
-    """Return the samples to train on, and those held out (None if the config holds out nothing).
-
-    Raises:
-        ValueError: the vocabulary does not fit the model, or there is too little text.
-        OSError: a file cannot be read.
-    """
-    text = load_text(cfg.data)
-    entries = text.tokenizer.get_vocab_size()
-    if entries > cfg.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size: {cfg.model.vocab_size}, but the tokenizer has {entries} entries. "
-            f"Set model.vocab_size to {entries}, or use a smaller tokenizer."
-        )
-    documents = encode_documents(text.texts, text.tokenizer, eod=text.eod)
-    seq, seed = cfg.model.seq_length, cfg.train.seed
-    if not cfg.data.valid_fraction:
-        return TokenDataset(tokens=documents.tokens, seq=seq, seed=seed), None
-    # Which documents are held out does not depend on the seed of the run: runs stay comparable.
-    train, valid = split_documents(documents, valid_fraction=cfg.data.valid_fraction, seed=0)
-    held_out = TokenDataset(tokens=valid.tokens, seq=seq, seed=0)
-    if cfg.train.eval_samples > len(held_out):
-        most = len(held_out) // cfg.train.microbatch * cfg.train.microbatch
-        raise ValueError(
-            f"train.eval_samples: {cfg.train.eval_samples}, but {len(held_out)} samples are held "
-            f"out. Set train.eval_samples to at most {most}, or raise data.valid_fraction."
-        )
-    return TokenDataset(tokens=train.tokens, seq=seq, seed=seed), held_out
-
-
-def end_of_document(cfg: DataConfig, tokenizer: Tokenizer) -> int:
-    """Return the id that ends a document.
-
-    Raises:
-        ValueError: the tokenizer has no such entry.
-    """
-    found = tokenizer.token_to_id(cfg.eod)
-    if found is None:
-        near = did_you_mean(cfg.eod, tokenizer.get_vocab())
-        raise ValueError(
-            f"data.eod: the tokenizer has no entry {cfg.eod!r}{near}. "
-            "Name the entry that ends a document."
+            f"data.{looks[0]}: looks for the end of a document, and nothing tells its id. "
+            "Name the tokenizer in data.tokenizer, and its entry in data.eod."
         )
     return found
 
 
-def _read_texts(path: Path) -> tuple[str, ...]:
-    text = _read(path)
-    name = path.name.removesuffix(".xz")
-    if name.endswith(".txt"):
-        return (text,)
-    if not name.endswith(".jsonl"):
-        raise ValueError(f"data.text: {path} is neither .jsonl nor .txt. Convert or rename it.")
-    texts = []
-    # Not splitlines: JSON may hold U+2028 and its like as they are.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            texts.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f'{path}:{number}: no JSON object with a "text". Write one document per line, '
-                'as {"text": "..."}.'
-            ) from None
-    return tuple(texts)
+def _in_memory(cfg: RunConfig, world: World, vocabulary: Vocabulary) -> Mapping[str, Sequences]:
+    """Return the sequences of a small text, which rank 0 encodes for all."""
+    data = cfg.data
+    if not data.text:
+        return {}
+    if data.text == "mock":
+        return {
+            IN_MEMORY: MockSequences(vocab_size=cfg.model.vocab_size, eod=cfg.model.vocab_size - 1)
+        }
+    made: list[Documents] = []
+
+    def encode() -> None:
+        made.append(encode_documents(read_texts(data.text), load_tokenizer(data)))
+
+    on_first_rank(world, f"the tokens of {data.text}", encode, deadline_s=data.deadline_s)
+    told = world.broadcast((made[0].tokens, made[0].lengths) if made else None)
+    return {IN_MEMORY: Documents(tokens=told[0], lengths=told[1], prefix=data.text)}
 
 
-def _read(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
-    except (lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.text: {path} is no UTF-8 text ({error}). Convert it.") from None
+def _gpt(
+    cfg: RunConfig,
+    tree: Data,
+    wanted: NumSamples,
+    vocabulary: Vocabulary,
+    files: Mapping[str, Sequences],
+    cache: IndexCache | None,
+) -> Splits:
+    data = cfg.data
+    options = GPTOptions(
+        seq=cfg.model.seq_length,
+        seed=data.seed,
+        eod=vocabulary.eod,
+        positions="eod" if data.reset_positions else "row",
+        segments="eod" if data.reset_attention else "row",
+        eod_loss=not data.eod_mask_loss,
+        vocab_size=cfg.model.vocab_size,
+    )
+    fim = None
+    if data.fim_rate:
+        assert vocabulary.eod is not None, "checked with the vocabulary"
+        prefix, middle, suffix = vocabulary.marks
+        fim = FillInMiddle(
+            prefix=prefix,
+            middle=middle,
+            suffix=suffix,
+            eod=vocabulary.eod,
+            rate=data.fim_rate,
+            seed=data.seed,
+        )
+    return gpt_datasets(
+        tree,
+        options,
+        num_samples=wanted,
+        fim=fim,
+        cache=cache,
+        open_file=files.__getitem__,
+    )
+
+
+def _held_out_samples(cfg: RunConfig, tree: Data) -> int | None:
+    """Return how many validation samples to make: one epoch, where there is such a thing."""
+    if not cfg.train.eval_samples:
+        return 0
+    valid = tree if isinstance(tree, Corpus | Blend) else tree[1]
+    weighted = isinstance(valid, Blend) and valid.weights is not None
+    return cfg.train.eval_samples if weighted else None
+
+
+def _cache(cfg: RunConfig, world: World) -> IndexCache | None:
+    folder = cfg.data.cache or (cfg.checkpoint.dir and str(Path(cfg.checkpoint.dir) / "index"))
+    if not folder:
+        return None
+    return IndexCache(folder=Path(folder), world=world, deadline_s=cfg.data.deadline_s)
+
+
+def _check_sizes(cfg: RunConfig, train: Dataset, valid: Stream | None) -> None:
+    wanted = cfg.train.eval_samples
+    if not len(train):
+        raise ValueError(
+            f"data: the training documents hold no sample of {cfg.model.seq_length} + 1 tokens. "
+            "Add documents, or lower model.seq_length."
+        )
+    held_out = len(valid.dataset) if valid else 0
+    if wanted > held_out:
+        most = held_out // cfg.train.microbatch * cfg.train.microbatch
+        fewer = f"Set train.eval_samples to at most {most}"
+        if not most:
+            fewer = "Set train.eval_every and train.eval_samples to 0"
+        raise ValueError(
+            f"train.eval_samples: {wanted}, but {held_out} samples are held out. "
+            f"{fewer}, or raise the second number of data.split."
+        )

@@ -26,6 +26,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("novels.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
     quiz = {"question": " ".join(CHAPTERS[9].split()[200:230]), "answer": "None."}
     Path("quiz.jsonl").write_text(json.dumps(quiz) + "\n")
+    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes?"}]
+    Path("chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    Path("turns.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{{ eod_token }}{% endfor %}"
+    )
     return tmp_path
 
 
@@ -38,7 +43,7 @@ def run(command: str) -> int:
 def test_the_commands_of_the_guide_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 11
+    assert len(commands) == 12
     for command in commands:
         assert run(command) == 0, command
     printed = capsys.readouterr().out
@@ -47,6 +52,14 @@ def test_the_commands_of_the_guide_run(folder: Path, capsys: pytest.CaptureFixtu
     assert IndexedFile("gpt_text_document").num_documents == 24
     assert len(IndexedFile("bert_text_sentence")) > 200
     assert IndexedFile("twice").num_documents == 48
+    chat = IndexedFile("chats_tokens")
+    assert chat.num_documents == 1
+    assert "chats_tokens and _learned: 1 conversations" in printed
+    learned = IndexedFile("chats_learned")[0]
+    assert learned.tolist() == sorted(learned.tolist()), "the answer comes last"
+    assert 0 < learned.sum() < len(chat[0])
+    meta = [json.loads(Path(f"{name}.meta.json").read_text()) for name in ("chats_tokens", "twice")]
+    assert len({one["tokenizer"]["identity"] for one in meta}) == 1
     with gzip.open("back.jsonl.gz", "rt", encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     assert texts[:20] == CHAPTERS
@@ -77,7 +90,7 @@ def test_every_command_explains_itself(group: str, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("megatree data frobnicate", r"no command is called so.*Use one of preprocess, merge"),
+        ("megatree data frobnicate", r"no command is called so.*Use one of preprocess, chat"),
         ("megatree corpus cleanup", r"no command is called so.*Use one of wikipedia, urls, clean"),
         (
             "megatree data preprocess nothing.jsonl --output-prefix x --tokenizer.kind bytes",
@@ -87,6 +100,15 @@ def test_every_command_explains_itself(group: str, capsys: pytest.CaptureFixture
             "megatree data preprocess novels.jsonl --output-prefix x --tokenizer.kind bert "
             "--tokenizer.path .",
             r"the folder has no vocab.txt, which kind 'bert' reads",
+        ),
+        (
+            "megatree data chat chats.jsonl --output-prefix x --tokenizer.kind bytes",
+            r"chat template: none is named\. Give a Jinja file as --template\.",
+        ),
+        (
+            "megatree data chat chats.jsonl --output-prefix x --tokenizer.kind bytes "
+            "--template novels.jsonl.json",
+            r"novels.jsonl.json: holds no chat template",
         ),
         ("megatree data inspect nothing", r"nothing.(idx|bin)"),
         ("megatree data inspect x --tokenizer what", r"'what' is not KIND:PATH"),

@@ -1,4 +1,4 @@
-"""Token dataset: no sample repeated or lost, whatever the batches, the ranks and the resumes."""
+"""Order: no sample repeated or lost, whatever the batches, the ranks and the resumes."""
 
 import itertools
 
@@ -6,25 +6,25 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from megatree.io.data import (
     Documents,
-    TokenDataset,
+    GPTOptions,
+    Stream,
     encode_documents,
+    gpt_dataset,
+    load_demo_tokenizer,
     sample_ids,
-    split_documents,
-    train_byte_bpe,
 )
 
 
-def dataset(*, num_tokens: int = 101, seq: int = 4, seed: int = 1) -> TokenDataset:
-    return TokenDataset(tokens=np.arange(num_tokens, dtype=np.uint16), seq=seq, seed=seed)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_byte_bpe(["the cat sat on the mat"], 260)
+def dataset(*, num_tokens: int = 101, seq: int = 4, seed: int = 1) -> Stream:
+    """Return samples of one document whose tokens count upwards."""
+    source = Documents(
+        tokens=np.arange(num_tokens, dtype=np.uint16), lengths=np.array([num_tokens], np.int32)
+    )
+    rows = gpt_dataset(source, (0, 1), GPTOptions(seq=seq), num_samples=None)
+    return Stream(dataset=rows, seed=seed)
 
 
 @hypothesis.given(
@@ -82,7 +82,7 @@ def test_rows_of_the_ranks_make_up_the_global_batch(num_ranks: int) -> None:
 
 def test_each_token_but_the_first_is_a_label_once_per_epoch() -> None:
     data = dataset(num_tokens=101, seq=4)
-    assert len(data) == 25
+    assert len(data.dataset) == 25
     batch = data.batch(25, 25)
     np.testing.assert_array_equal(np.sort(batch["labels"].ravel()), np.arange(1, 101))
     np.testing.assert_array_equal(batch["tokens"] + 1, batch["labels"])
@@ -96,57 +96,49 @@ def test_identity_changes_with_all_that_decides_the_samples() -> None:
     assert dataset().identity == dataset().identity
 
 
-def test_documents_are_closed_by_eod_and_kept_whole(tokenizer: Tokenizer) -> None:
+def test_documents_are_closed_by_eod_and_kept_whole() -> None:
+    tokenizer = load_demo_tokenizer()
     texts = ["the cat", "", "on"]
-    documents = encode_documents(texts, tokenizer, eod=0)
+    documents = encode_documents(texts, tokenizer)
     assert len(documents) == 3
     for document, text in enumerate(texts):
         *ids, last = documents[document].tolist()
-        assert last == 0
+        assert last == tokenizer.special.eod
         assert tokenizer.decode(ids) == text
-    swapped = documents.select([2, 0])
-    assert swapped.tokens.tolist() == [*documents[2], *documents[0]]
-    assert swapped.tokens.dtype == np.uint16
+    assert documents.tokens.dtype == np.uint16
+    places = documents.starts(np.arange(3))
+    assert places.tolist() == [0, *np.cumsum(documents.lengths)[:-1].tolist()]
+    assert len({documents.identity, encode_documents(texts[::-1], tokenizer).identity}) == 2
 
 
-@hypothesis.given(
-    total=st.integers(2, 50), fraction=st.floats(0, 1), seed=st.integers(0, 2**64 - 1)
-)
-def test_split_sends_each_document_to_one_side(total: int, fraction: float, seed: int) -> None:
-    documents = Documents(tokens=np.arange(2 * total), starts=np.arange(0, 2 * total + 1, 2))
-    train, valid = split_documents(documents, valid_fraction=fraction, seed=seed)
-    both = np.concatenate([train.tokens, valid.tokens])
-    np.testing.assert_array_equal(np.sort(both), documents.tokens)
-    for side in (train, valid):
-        np.testing.assert_array_equal(side.tokens, np.sort(side.tokens))
-    assert abs(len(valid) - fraction * total) <= 1
-    assert (len(valid) > 0) == (fraction > 0)
-    assert (len(train) > 0) == (fraction < 1)
+def test_the_stored_order_comes_first_and_then_every_sample_again() -> None:
+    """Megatron's order for as long as it has one; a run that goes on longer repeats none early."""
+    source = dataset().dataset
+    data = Stream(dataset=source, seed=3, stored_first=True)
+    size = len(source)
+    first, second, third = (data.batch(size * epoch, size)["labels"] for epoch in range(3))
+    np.testing.assert_array_equal(first, source.rows(np.arange(size))["labels"])
+    for other in (second, third):
+        assert (other != first).any()
+        np.testing.assert_array_equal(np.sort(other.ravel()), np.sort(first.ravel()))
+    assert (second != third).any()
+    across = data.batch(size - 2, 4)["labels"]
+    np.testing.assert_array_equal(across, np.concatenate([first[-2:], second[:2]]))
+    assert data.identity != Stream(dataset=source, seed=3).identity
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: dataset(num_tokens=4, seq=4), r"4 tokens hold no sample of 4 \+ 1.* seq to 3"),
+        (lambda: dataset(num_tokens=4, seq=4), "a dataset of 0 samples never ends an epoch"),
         (lambda: dataset(seq=0), "seq 0 predicts nothing"),
         (lambda: dataset(seed=-1).batch(0, 1), "seed -1 is outside"),
-        (lambda: dataset().batch(-1, 2), "consumed -1 and num_samples 2 must not be negative"),
-        (lambda: dataset().batch(0, 8, rows=(3, 9)), r"rows \(3, 9\) are not inside .* of 8"),
+        (lambda: dataset().batch(-1, 2), "after -1 do not exist"),
+        (lambda: dataset().batch(0, 8, rows=(3, 9)), r"rows \(3, 9\) of 8 samples"),
         (lambda: sample_ids([0], 0, seed=1), "0 samples have no order"),
         (lambda: sample_ids([3, -2], 5, seed=1), "position -2 is negative"),
-        (
-            lambda: split_documents(
-                Documents(tokens=np.arange(2), starts=np.array([0, 2])), valid_fraction=0.5, seed=1
-            ),
-            r"1 document\(s\) cannot fill both sides",
-        ),
     ],
 )
 def test_what_cannot_be_is_refused(call, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()
-
-
-def test_an_eod_outside_the_vocabulary_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"eod 260 is not an id of a tokenizer of 260 entries"):
-        encode_documents(["x"], tokenizer, eod=260)

@@ -12,9 +12,15 @@ from megatree.io.data.bpe import train_byte_bpe
 from megatree.io.data.cache import IndexCache
 from megatree.io.data.chat import ChatReport, chat_dataset, encode_chats, read_conversations
 from megatree.io.data.chat_template import ChatTemplate
-from megatree.io.data.corpus import bert_datasets, gpt_datasets, parse_blend, t5_datasets
+from megatree.io.data.corpus import (
+    bert_datasets,
+    gpt_datasets,
+    packed_datasets,
+    parse_blend,
+    t5_datasets,
+)
 from megatree.io.data.dataset import Batch, Dataset
-from megatree.io.data.demo import Demo, load_demo
+from megatree.io.data.demo import Demo, load_demo, load_demo_tokenizer
 from megatree.io.data.documents import Documents, encode_documents
 from megatree.io.data.entropy import unigram_entropy
 from megatree.io.data.fim import Codec, FillInMiddle
@@ -31,11 +37,10 @@ from megatree.io.data.order import sample_ids
 from megatree.io.data.packed import PackedDataset, packed_dataset
 from megatree.io.data.packing import pack
 from megatree.io.data.sequences import Sequences
-from megatree.io.data.split import split_documents
+from megatree.io.data.shuffled import Shuffled
 from megatree.io.data.splits import split_bounds, split_shares
 from megatree.io.data.stream import Stream
 from megatree.io.data.t5 import T5Dataset, T5Options, t5_dataset
-from megatree.io.data.tokens import TokenDataset
 
 __all__ = [
     "Batch",
@@ -63,11 +68,11 @@ __all__ = [
     "PackedDataset",
     "Sequences",
     "Share",
+    "Shuffled",
     "StepBatch",
     "Stream",
     "T5Dataset",
     "T5Options",
-    "TokenDataset",
     "bert_dataset",
     "bert_datasets",
     "blend_by_epochs",
@@ -83,14 +88,15 @@ __all__ = [
     "gpt_dataset",
     "gpt_datasets",
     "load_demo",
+    "load_demo_tokenizer",
     "merge_pairs",
     "pack",
     "packed_dataset",
+    "packed_datasets",
     "parse_blend",
     "read_conversations",
     "sample_ids",
     "split_bounds",
-    "split_documents",
     "split_shares",
     "t5_dataset",
     "t5_datasets",

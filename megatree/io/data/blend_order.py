@@ -11,6 +11,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int16, Int64
 
+from megatree.io.data import loops
+
 Rule = Literal["megatron", "quota"]
 _STEPS_AT_ONCE = 1 << 12
 
@@ -49,8 +51,7 @@ def blend_order(
     if rule == "quota":
         return _with_samples(_quota(weights, size), len(weights))
     # Rounding can make a share of nothing look as if it lagged.
-    limits = [size if weight else 0 for weight in weights]
-    return _with_samples(_most_behind(weights, limits, size), len(weights))
+    return _most_behind(weights, [size if weight else 0 for weight in weights], size)
 
 
 def exhaustive_order(
@@ -64,7 +65,7 @@ def exhaustive_order(
     _check_count(len(sizes))
     total = sum(sizes)
     weights = [size / total for size in sizes] if total else [0.0] * len(sizes)
-    return _with_samples(_most_behind(weights, sizes, total), len(sizes))
+    return _most_behind(weights, sizes, total)
 
 
 def _check_count(count: int) -> None:
@@ -75,11 +76,17 @@ def _check_count(count: int) -> None:
         )
 
 
-def _most_behind(weights: Sequence[float | int], limits: Sequence[int], size: int) -> np.ndarray:
+def _most_behind(
+    weights: Sequence[float | int], limits: Sequence[int], size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Deal the dataset with the largest `weight * step - dealt`, the first of equals."""
     out = np.empty(size, np.int16)
     shares = np.array(weights, np.float64)
     dealt = np.where(np.array(limits) > 0, 0.0, np.inf)
+    if size >= loops.WORTH_COMPILING and (fast := loops.compiled(loops.most_behind)):
+        samples = np.empty(size, np.int64)
+        fast(shares, dealt, np.array(limits, np.int64), out, samples)
+        return out, samples
     behind = np.empty_like(shares)
     for start in range(0, size, _STEPS_AT_ONCE):
         steps = np.arange(start, min(start + _STEPS_AT_ONCE, size))
@@ -92,7 +99,7 @@ def _most_behind(weights: Sequence[float | int], limits: Sequence[int], size: in
                 dealt[k] = np.inf  # leaves the pool
             chosen.append(k)
         out[start : start + len(chosen)] = chosen
-    return out
+    return _with_samples(out, len(weights))
 
 
 def _quota(weights: Sequence[float | int], size: int) -> np.ndarray:

@@ -34,19 +34,27 @@ class ChatReport:
     skipped: dict[str, int]
 
 
-def read_conversations(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+def read_conversations(
+    path: str | os.PathLike[str], *, report: Callable[[int], None] = lambda num_bytes: None
+) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) of each line of a JSONL file; the place is "file:line".
 
     A line that cannot be read yields the error in place of its value, for the caller to decide.
+
+    Args:
+        path: the file.
+        report: called with the bytes of each line.
     """
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(_LONGEST_LINE + 1):
             number += 1
+            report(len(line))
             place = f"{os.fspath(path)}:{number}"
             if len(line) > _LONGEST_LINE:
                 while line and not line.endswith(b"\n"):
                     line = file.readline(_LONGEST_LINE)
+                    report(len(line))
                 yield place, ValueError(f"line of more than {_LONGEST_LINE} bytes")
             elif line.strip():
                 try:

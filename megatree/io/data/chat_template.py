@@ -179,6 +179,44 @@ class ChatTemplate:
         return line
 
 
+def find_template(path: Path | None) -> str:
+    """Return the template in a file or in a tokenizer's folder.
+
+    Args:
+        path: a Jinja file, a JSON file with "chat_template", a folder with chat_template.jinja or
+            tokenizer_config.json, or another file of such a folder.
+
+    Raises:
+        ValueError: there is none, or several by name.
+    """
+    if path is None:
+        raise ValueError("chat template: none is named. Give a Jinja file as --template.")
+    places = [path]
+    if path.is_dir() or path.name == "tokenizer.json":
+        folder = path if path.is_dir() else path.parent
+        places = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
+    for place in (place for place in places if place.is_file()):
+        text = place.read_text(encoding="utf-8")
+        if place.suffix != ".json":
+            return text
+        try:
+            told = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{place}: it is no JSON ({error}). Give a Jinja file.") from error
+        found = told.get("chat_template") if isinstance(told, dict) else None
+        if isinstance(found, str):
+            return found
+        if found is not None:
+            raise ValueError(
+                f"{place}: chat_template is {type(found).__name__}, not one text. "
+                "Save the one you want as a Jinja file, and name that as --template."
+            )
+    raise ValueError(
+        f"{path}: holds no chat template (looked in {', '.join(map(str, places))}). "
+        "Give a Jinja file as --template."
+    )
+
+
 def _send(descriptor: int, data: bytes, deadline: float) -> None:
     os.set_blocking(descriptor, False)
     left = memoryview(data)

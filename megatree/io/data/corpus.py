@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from megatree.io.data.bert import BertOptions, bert_dataset
 from megatree.io.data.cache import IndexCache
@@ -10,6 +11,9 @@ from megatree.io.data.fim import FillInMiddle
 from megatree.io.data.gpt import GPTOptions, gpt_dataset
 from megatree.io.data.indexed import IndexedFile
 from megatree.io.data.mixture import Blend, Corpus, Data, Leaf, NumSamples, Splits, build_splits
+from megatree.io.data.packed import TooLong, packed_dataset
+from megatree.io.data.sequences import Sequences
+from megatree.io.data.shuffled import Shuffled
 from megatree.io.data.splits import SPLITS, split_bounds
 from megatree.io.data.t5 import T5Options, t5_dataset
 
@@ -53,6 +57,7 @@ def gpt_datasets(
     keep_partial: bool = False,
     fim: FillInMiddle | None = None,
     cache: IndexCache | None = None,
+    open_file: Callable[[str], Sequences] = IndexedFile,
 ) -> Splits:
     """Build the GPT datasets of train, valid and test; sequences are split.
 
@@ -63,6 +68,7 @@ def gpt_datasets(
         keep_partial: keep the last sample of the validation split though it may be short.
         fim: rearranges documents for infilling; in the training split only.
         cache: keeps indices on disk.
+        open_file: prefix -> its sequences; called once for each.
 
     Returns:
         A dataset, or None where the split has no share.
@@ -71,9 +77,7 @@ def gpt_datasets(
         ValueError: a file is damaged, or samples are wanted of a split that holds none.
     """
 
-    def make(
-        source: IndexedFile, bounds: tuple[int, int], split: int, wanted: int | None
-    ) -> Dataset:
+    def make(source: Sequences, bounds: tuple[int, int], split: int, wanted: int | None) -> Dataset:
         return gpt_dataset(
             source,
             bounds,
@@ -84,7 +88,60 @@ def gpt_datasets(
             cache=cache,
         )
 
-    return build_splits(data, _leaf(len, "sequences", make), num_samples, cache)
+    leaf = _leaf(_count_sequences, "sequences", make, open_file)
+    return build_splits(data, leaf, num_samples, cache)
+
+
+def packed_datasets(
+    data: Data,
+    seq: int,
+    *,
+    seed: int,
+    num_samples: NumSamples,
+    chats: bool = False,
+    packing: Literal["packed", "single"] = "packed",
+    too_long: TooLong = "stop",
+    vocab_size: int | None = None,
+    cache: IndexCache | None = None,
+    open_file: Callable[[str], Sequences] = IndexedFile,
+) -> Splits:
+    """Lay the sequences of train, valid and test into rows, in a shuffled order.
+
+    Args:
+        data: as in `gpt_datasets`; sequences are split.
+        seq: columns of a row.
+        seed: of the order.
+        num_samples: wanted of each split; None: one epoch.
+        chats: whether a corpus is what `encode_chats` wrote: `_tokens` and `_learned`.
+        packing: several sequences in a row where they fit, or one.
+        too_long: what to do with a sequence of more than seq + 1 tokens.
+        vocab_size: ids at or above it are an error; not checked if None.
+        cache: keeps the orders of blends on disk.
+        open_file: prefix of a pair -> its sequences.
+
+    Returns and raises what `gpt_datasets` does.
+    """
+
+    def make(source: Sequences, bounds: tuple[int, int], split: int, wanted: int | None) -> Dataset:
+        learned = None
+        if chats:
+            learned = open_file(f"{source.prefix.removesuffix('_tokens')}_learned")
+        rows = packed_dataset(
+            source,
+            seq,
+            bounds=bounds,
+            learned=learned,
+            packing=packing,
+            too_long=too_long,
+            vocab_size=vocab_size,
+        )
+        return Shuffled(dataset=rows, seed=seed, count=wanted)
+
+    def open_tokens(prefix: str) -> Sequences:
+        return open_file(f"{prefix}_tokens" if chats else prefix)
+
+    leaf = _leaf(_count_sequences, "sequences", make, open_tokens)
+    return build_splits(data, leaf, num_samples, cache)
 
 
 def bert_datasets(
@@ -99,12 +156,10 @@ def bert_datasets(
     Arguments, result and errors are those of `gpt_datasets`.
     """
 
-    def make(
-        source: IndexedFile, bounds: tuple[int, int], split: int, wanted: int | None
-    ) -> Dataset:
+    def make(source: Sequences, bounds: tuple[int, int], split: int, wanted: int | None) -> Dataset:
         return bert_dataset(source, bounds, options, num_samples=wanted, cache=cache)
 
-    leaf = _leaf(lambda source: source.num_documents, "documents", make)
+    leaf = _leaf(_count_documents, "documents", make, IndexedFile)
     return build_splits(data, leaf, num_samples, cache)
 
 
@@ -120,22 +175,29 @@ def t5_datasets(
     Arguments, result and errors are those of `gpt_datasets`.
     """
 
-    def make(
-        source: IndexedFile, bounds: tuple[int, int], split: int, wanted: int | None
-    ) -> Dataset:
+    def make(source: Sequences, bounds: tuple[int, int], split: int, wanted: int | None) -> Dataset:
         return t5_dataset(source, bounds, options, num_samples=wanted, cache=cache)
 
-    leaf = _leaf(lambda source: source.num_documents, "documents", make)
+    leaf = _leaf(_count_documents, "documents", make, IndexedFile)
     return build_splits(data, leaf, num_samples, cache)
 
 
+def _count_sequences(source: Sequences) -> int:
+    return len(source.lengths)
+
+
+def _count_documents(source: Sequences) -> int:
+    return len(source.documents) - 1
+
+
 def _leaf(
-    count: Callable[[IndexedFile], int],
+    count: Callable[[Sequences], int],
     what: str,
-    make: Callable[[IndexedFile, tuple[int, int], int, int | None], Dataset],
+    make: Callable[[Sequences, tuple[int, int], int, int | None], Dataset],
+    open_file: Callable[[str], Sequences],
 ) -> Leaf:
     """Return what makes the dataset of one corpus, each file opened once."""
-    open_once = functools.cache(IndexedFile)
+    open_once = functools.cache(open_file)
 
     def leaf(corpus: Corpus, split: int, wanted: int | None) -> Dataset | None:
         source = open_once(corpus.prefix)

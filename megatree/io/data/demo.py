@@ -5,9 +5,9 @@ import lzma
 from dataclasses import dataclass
 from importlib import resources
 
-from tokenizers import Tokenizer
-
 from megatree.io.data.bpe import EOD
+from megatree.io.tokenizers.fast import FastTokenizer
+from megatree.io.tokenizers.hf import load_tokenizer_json
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -17,31 +17,26 @@ class Demo:
     Attributes:
         texts: one string per chapter, in the order of the file.
         titles: novel and chapter of each text.
-        tokenizer: covers any text; the end-of-document marker is its entry `eod`.
+        tokenizer: covers any text; ends a document with its entry <|endoftext|>.
     """
 
     texts: tuple[str, ...]
     titles: tuple[str, ...]
-    tokenizer: Tokenizer
-
-    @property
-    def eod(self) -> int:
-        """Id of the end-of-document token."""
-        token = self.tokenizer.token_to_id(EOD)
-        assert token is not None, f"the shipped tokenizer lacks {EOD}"
-        return token
+    tokenizer: FastTokenizer
 
 
 def load_demo() -> Demo:
     """Read the shipped text and tokenizer."""
-    folder = resources.files("megatree") / "demo_data"
-    lines = lzma.decompress((folder / "austen.jsonl.xz").read_bytes()).decode().splitlines()
-    chapters = [json.loads(line) for line in lines]
-    tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    # The marker's spelling inside a text is text, not the end of a document.
-    tokenizer.encode_special_tokens = True
+    raw = (resources.files("megatree") / "demo_data" / "austen.jsonl.xz").read_bytes()
+    chapters = [json.loads(line) for line in lzma.decompress(raw).decode().splitlines()]
     return Demo(
         texts=tuple(chapter["text"] for chapter in chapters),
         titles=tuple(chapter["title"] for chapter in chapters),
-        tokenizer=tokenizer,
+        tokenizer=load_demo_tokenizer(),
     )
+
+
+def load_demo_tokenizer() -> FastTokenizer:
+    """Read the shipped tokenizer."""
+    with resources.as_file(resources.files("megatree") / "demo_data" / "tokenizer.json") as path:
+        return load_tokenizer_json(path, roles={"eod": EOD})

@@ -1,59 +1,85 @@
-"""Documents as one token stream: where each starts, and an end-of-document token after each."""
+"""Token sequences in memory: a text small enough not to be preprocessed into files."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Integer
-from tokenizers import Tokenizer
+from jaxtyping import Int32, Int64, Integer, Shaped
+
+from megatree.io.tokenizers.protocol import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Documents:
-    """Token ids of documents end to end; document i is `tokens[starts[i]:starts[i + 1]]`.
+    """Token ids of documents end to end; each is one sequence (see `Sequences`).
 
     Attributes:
         tokens: ids, the closing end-of-document token of each document included.
-        starts: first position of each document, then the length of the stream.
+        lengths: tokens of each document.
+        prefix: what a message calls them.
     """
 
     tokens: Integer[np.ndarray, " num_tokens"]
-    starts: Integer[np.ndarray, " num_starts"]
+    lengths: Int32[np.ndarray, " num_documents"]
+    prefix: str = "text in memory"
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.lengths)
 
     def __getitem__(self, document: int) -> Integer[np.ndarray, " length"]:
-        return self.tokens[self.starts[document] : self.starts[document + 1]]
+        start = int(self._ends[document]) - int(self.lengths[document])
+        return self.tokens[start : int(self._ends[document])]
 
-    def select(self, chosen: Sequence[int]) -> "Documents":
-        """Return the `chosen` documents, in that order, as a stream of their own."""
-        return _join([self[document] for document in chosen], self.tokens.dtype)
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of a token."""
+        return self.tokens.dtype
+
+    @property
+    def documents(self) -> Int64[np.ndarray, " num_bounds"]:
+        """Sequences before each document, then the number of sequences."""
+        return np.arange(len(self) + 1)
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the content."""
+        digest = hashlib.sha256(f"documents {len(self)} {self.dtype.str} ".encode())
+        digest.update(np.ascontiguousarray(self.lengths).data)
+        digest.update(np.ascontiguousarray(self.tokens).data)
+        return digest.hexdigest()
+
+    def starts(self, sequences: Integer[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """Return the place of the first token of each document."""
+        return self._ends[sequences] - self.lengths[sequences]
+
+    def take(self, places: Integer[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
+        """Return the tokens at some places."""
+        return self.tokens[places]
+
+    def verify(self) -> None:
+        """Nothing can change."""
+
+    @cached_property
+    def _ends(self) -> Int64[np.ndarray, " num_documents"]:
+        return np.cumsum(self.lengths, dtype=np.int64)
 
 
-def encode_documents(texts: Sequence[str], tokenizer: Tokenizer, *, eod: int) -> Documents:
-    """Encode each text, close it with `eod`, and lay the documents end to end.
+def encode_documents(texts: Sequence[str], tokenizer: Tokenizer) -> Documents:
+    """Encode each text, close it with the tokenizer's eod, and lay the documents end to end.
 
     Args:
-        texts: one string per document; an empty one becomes a lone `eod`.
+        texts: one string per document; an empty one becomes a lone eod.
         tokenizer: its vocabulary sets the stored width: 2 bytes a token up to 65536 entries.
-        eod: id of the end-of-document token.
 
     Raises:
-        ValueError: if `eod` is no id of the tokenizer.
+        ValueError: the tokenizer has no eod.
     """
-    vocab = tokenizer.get_vocab_size()
-    if not 0 <= eod < vocab:
-        raise ValueError(
-            f"encode_documents: eod {eod} is not an id of a tokenizer of {vocab} entries. "
-            f"Use one in 0..{vocab - 1}."
-        )
-    dtype = np.dtype(np.uint16 if vocab <= 1 << 16 else np.int32)
-    encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return _join([np.array([*one.ids, eod], dtype) for one in encoded], dtype)
-
-
-def _join(documents: Sequence[np.ndarray], dtype: np.dtype) -> Documents:
-    starts = np.cumsum([0, *(len(document) for document in documents)])
-    tokens = np.concatenate([np.zeros(0, dtype), *documents])
-    return Documents(tokens=tokens, starts=starts)
+    eod = tokenizer.special.need("eod")
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+    encoded = [np.array([*ids, eod], dtype) for ids in tokenizer.encode_batch(texts)]
+    return Documents(
+        tokens=np.concatenate([np.zeros(0, dtype), *encoded]),
+        lengths=np.array([len(document) for document in encoded], np.int32),
+    )

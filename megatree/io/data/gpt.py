@@ -9,7 +9,7 @@ from jaxtyping import Integer
 from megatree.io.data.cache import IndexCache
 from megatree.io.data.dataset import Batch, check_ids, digest, select_columns
 from megatree.io.data.fim import FillInMiddle
-from megatree.io.data.gpt_index import GPTIndex, build_gpt_index
+from megatree.io.data.gpt_index import GPTIndex, build_gpt_index, count_epochs
 from megatree.io.data.locate import NOWHERE, first_after, locate, segment_numbers
 from megatree.io.data.sequences import Sequences
 
@@ -234,12 +234,19 @@ def gpt_dataset(
             f"{name}: 0 sequences never make {num_samples} samples. Give the split a larger share, "
             "or ask for 0 samples."
         )
+    epochs = count_epochs(
+        int(source.lengths[slice(*bounds)].sum(dtype=np.int64)),
+        seq=options.seq,
+        extra=options.extra,
+        num_samples=num_samples,
+    )
     key = {
-        "kind": "gpt 1",
+        "kind": "gpt 2",
         "source": source.identity,
         "bounds": bounds,
         "seq": options.seq,
-        "num_samples": num_samples,
+        # All that the number of samples decides: runs of like length share an index.
+        "epochs": [epochs.count, epochs.num_before_last],
         "seed": options.seed,
         "extra": options.extra,
         "keep_partial": keep_partial,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Integer
 
+from megatree.io.data import loops
+
 _DOCUMENTS_AT_ONCE = 1 << 22  # bounds the memory of the sample index: 8 bytes each
 # From this share of an epoch on, the last epoch is shuffled together with the others.
 _LAST_EPOCH_SHARE = 0.80
@@ -105,13 +107,14 @@ def build_gpt_index(
     Raises:
         ValueError: samples are wanted and the split holds no token.
     """
-    lengths = np.array(lengths[bounds[0] : bounds[1]], np.int32)  # aligned, which the file is not
+    # Aligned, which the file is not.
+    lengths = np.require(lengths[bounds[0] : bounds[1]], np.int32, ["ALIGNED", "CONTIGUOUS"])
     epochs = count_epochs(
         int(lengths.sum(dtype=np.int64)), seq=seq, extra=extra, num_samples=num_samples
     )
     random = np.random.RandomState(seed)  # its stream is part of the format
     documents = _document_index(bounds, epochs, random)
-    samples = _sample_index(lengths, documents, bounds[0], epochs, keep_partial=keep_partial)
+    samples = sample_index(lengths, documents, bounds[0], epochs, keep_partial=keep_partial)
     return GPTIndex(
         documents=documents,
         samples=samples,
@@ -137,10 +140,10 @@ def _document_index(
     return out
 
 
-def _sample_index(
+def sample_index(
     lengths: np.ndarray, documents: np.ndarray, first: int, epochs: Epochs, *, keep_partial: bool
 ) -> np.ndarray:
-    """Find where each sample ends: a sorted search in the running sum of the lengths.
+    """Find where each sample ends: a sorted search in the running sum of the lengths, or a walk.
 
     Every sample but the first starts where the one before it ends, less `extra` tokens, and in
     the document that holds the last of these.
@@ -154,6 +157,12 @@ def _sample_index(
     longest = max(len(documents), int(lengths.max(initial=0)))
     dtype = np.int32 if longest <= np.iinfo(np.int32).max else np.int64
     out = np.zeros((num_samples + 1, 2), dtype)
+    whole = num_samples == epochs.num_samples
+    if whole and len(documents) >= loops.WORTH_COMPILING:
+        fast = loops.compiled(loops.walk_documents)
+        if fast:
+            fast(lengths, documents, first, seq, extra, out)
+            return out
     before, row = 0, 1
     for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
         some = documents[start : start + _DOCUMENTS_AT_ONCE]

@@ -5,11 +5,13 @@ A sample is a run of sentences of one document: first, end, and the number of to
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import repeat
 
 import numpy as np
 from jaxtyping import Integer
 
+from megatree.io.data import loops
 from megatree.io.data.cache import IndexCache
 from megatree.io.data.mersenne import shuffled
 from megatree.io.data.sequences import Sequences
@@ -85,35 +87,87 @@ def build_masked_index(
     Raises:
         ValueError: samples are wanted and no document gives one.
     """
-    usable = _usable(lengths, documents, min_sentences)
-    if num_samples and not len(usable):
+    # Megatron rounds to a whole number and takes every multiple of it.
+    ratio = int(1 / short_probability + 0.5) if short_probability > 0 else 0
+    epochs = 1 if num_samples is None else num_samples  # an epoch gives at least one sample
+    wanted = num_samples or 0
+    dtype = np.uint32 if len(lengths) <= np.iinfo(np.uint32).max else np.uint64
+    fast = None
+    if len(documents) > 1 and documents[-1] - documents[0] >= loops.WORTH_COMPILING:
+        fast = loops.compiled(loops.cut_documents)
+    if fast:
+        rule = (ratio, longest, min_sentences, _LONG_SENTENCE)
+        samples = _cut_fast(fast, documents, lengths, rule, seed, epochs, wanted, dtype)
+    else:
+        usable = _usable(lengths, documents, min_sentences)
+        targets = _targets(ratio, longest, seed)
+        samples = _cut(usable, lengths, targets, longest, min_sentences, epochs, wanted)
+    if num_samples and not len(samples):
         raise ValueError(
             f"build_masked_index: none of {len(documents) - 1} documents has {min_sentences} or "
             f"more sentences of at most {_LONG_SENTENCE} tokens, and {num_samples} samples are "
             "wanted. Preprocess with --split-sentences, or give this split a larger share."
         )
+    return samples.astype(dtype, copy=False).take(shuffled(len(samples), seed + 1), axis=0)
+
+
+def _cut(
+    usable: np.ndarray,
+    lengths: np.ndarray,
+    targets: Iterator[int],
+    longest: int,
+    min_sentences: int,
+    epochs: int,
+    wanted: int,
+) -> np.ndarray:
+    """Return the samples of whole epochs, at most `epochs`, until there are enough."""
     ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     full = _full_ends(ends, longest)
-    targets = _targets(short_probability, longest, seed)
     found = array("q")
-    epochs = 1 if num_samples is None else num_samples  # an epoch gives at least one sample
     for _ in range(epochs if len(usable) else 0):
-        for first, last in usable:
-            _cut_document(
-                found, int(first), int(last), ends.data, full.data, targets, longest, min_sentences
-            )
-        if num_samples is None or len(found) // 3 >= num_samples:
+        for first, last in usable.tolist():
+            _cut_document(found, first, last, ends.data, full.data, targets, longest, min_sentences)
+        if len(found) // 3 >= wanted:
             break
-    samples = np.frombuffer(found, np.int64).reshape(-1, 3)
-    dtype = np.uint32 if len(lengths) <= np.iinfo(np.uint32).max else np.uint64
-    return samples[shuffled(len(samples), seed + 1)].astype(dtype)
+    return np.frombuffer(found, np.int64).reshape(-1, 3)
+
+
+def _cut_fast(
+    cut: Callable[..., tuple[int, int, int]],
+    documents: np.ndarray,
+    lengths: np.ndarray,
+    rule: tuple[int, int, int, int],
+    seed: int,
+    epochs: int,
+    wanted: int,
+    dtype: type,
+) -> np.ndarray:
+    """Do what `_cut` does with a compiled loop, some documents at a time."""
+    documents = np.require(documents, np.int64, ["ALIGNED"])  # which they are not in the file
+    lengths = np.require(lengths, np.int32, ["ALIGNED"])
+    total, most = len(documents) - 1, int(np.diff(documents).max()) + 1
+    draws = _draws(seed)
+    ready, parts, count = next(draws), [np.zeros((0, 3), dtype)], 0
+    for _ in range(epochs):
+        done, before = 0, count
+        while done < total:
+            while len(ready) < most:
+                ready = np.append(ready, next(draws))
+            out = np.empty((max(_DRAWN_AT_ONCE, most), 3), dtype)
+            done, used, found = cut(documents, lengths, ready, *rule, done, out)
+            ready = ready[used:] if done == total else np.append(ready[used:], next(draws))
+            parts.append(out[:found])
+            count += found
+        if count >= wanted or count == before:
+            break
+    return np.concatenate(parts)
 
 
 def _usable(lengths: np.ndarray, documents: np.ndarray, min_sentences: int) -> np.ndarray:
     """Return (first, end) of each document that may give samples."""
     first, last = documents[:-1].astype(np.int64), documents[1:].astype(np.int64)
-    long_before = np.concatenate([[0], np.cumsum(lengths > _LONG_SENTENCE)])
-    any_long = long_before[last] > long_before[first]
+    long = np.flatnonzero(lengths > _LONG_SENTENCE)
+    any_long = np.searchsorted(long, last) > np.searchsorted(long, first)
     count = last - first
     return np.stack([first, last], 1)[(count >= min_sentences) & ~((count > 1) & any_long)]
 
@@ -149,14 +203,18 @@ def _cut_document(
         first = end
 
 
-def _targets(short_probability: float, longest: int, seed: int) -> Iterator[int]:
+def _targets(ratio: int, longest: int, seed: int) -> Iterator[int]:
     """Yield how many tokens the next sample aims at."""
-    ratio = int(1 / short_probability + 0.5) if short_probability > 0 else 0
+    if not ratio:
+        yield from repeat(longest)
+    for drawn in _draws(seed):
+        wide = drawn.astype(np.int64)
+        yield from np.where(wide % ratio == 0, 2 + wide % (longest - 1), longest).tolist()
+
+
+def _draws(seed: int) -> Iterator[np.ndarray]:
+    """Yield random numbers of 32 bits without end, many at a time."""
     # numpy's legacy seeding is that of C++'s mt19937, and a full range is its numbers as they are.
     random = np.random.RandomState(seed)
     while True:
-        if ratio == 0:
-            yield longest
-            continue
-        drawn = random.randint(0, 1 << 32, _DRAWN_AT_ONCE, np.uint32).astype(np.int64)
-        yield from np.where(drawn % ratio == 0, 2 + drawn % (longest - 1), longest).tolist()
+        yield random.randint(0, 1 << 32, _DRAWN_AT_ONCE, np.uint32)

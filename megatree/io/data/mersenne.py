@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int64, UInt64
 
+from megatree.io.data import loops
+
 _N, _M = 312, 156
 _MATRIX = np.uint64(0xB5026F5AA96619E9)
 _UPPER = np.uint64(0xFFFFFFFF80000000)
@@ -27,6 +29,10 @@ def draws64(seed: int) -> Iterator[UInt64[np.ndarray, " 312"]]:
 
 def shuffled(count: int, seed: int) -> Int64[np.ndarray, " count"]:
     """Return 0 to count - 1 after a Fisher-Yates shuffle from the end, modulo drawn."""
+    if count >= loops.WORTH_COMPILING and (fast := loops.compiled(loops.shuffle64)):
+        out = np.arange(count)
+        fast(out, np.array(_seeded(seed), np.uint64))
+        return out
     order = list(range(count))
     blocks = draws64(seed)
     for start in range(count - 1, 0, -_N):

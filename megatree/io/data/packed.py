@@ -26,6 +26,9 @@ class PackedDataset:
         items: sequences of all rows, row by row.
         bounds: row r holds `items[bounds[r]:bounds[r + 1]]`.
         dropped: sequences that are in no row: too long, or nothing to learn.
+        boundaries: whether the batch has `positions` and `segments`. Rows of one sequence need
+            neither: what follows it is padding, which a causal model does not see.
+        vocab_size: ids at or above it are an error; not checked if None.
     """
 
     tokens: Sequences
@@ -34,6 +37,8 @@ class PackedDataset:
     items: Int64[np.ndarray, " num_items"]
     bounds: Int64[np.ndarray, " num_bounds"]
     dropped: int
+    boundaries: bool = True
+    vocab_size: int | None = None
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -47,6 +52,8 @@ class PackedDataset:
             learned=self.learned.identity if self.learned else None,
             seq=self.seq,
             rows=[len(self), len(self.items), *self.bounds[:8].tolist()],
+            items=[*self.items[:8].tolist(), *self.items[-8:].tolist()],
+            boundaries=self.boundaries,
         )
 
     def verify(self) -> None:
@@ -60,7 +67,7 @@ class PackedDataset:
         ids: Integer[np.ndarray, " n"],
         columns: Integer[np.ndarray, " t"] | None = None,
     ) -> Batch:
-        """Return `tokens`, `labels`, `weights`, `positions` and `segments` [n, seq].
+        """Return `tokens`, `labels`, `weights`, by option `positions` and `segments` [n, seq].
 
         Padding is token 0 of weight 0, in a segment of its own.
         """
@@ -70,6 +77,8 @@ class PackedDataset:
         out["weights"] = np.zeros((len(ids), self.seq), np.float32)
         for row, number in enumerate(ids.tolist()):
             self._fill({name: array[row] for name, array in out.items()}, number)
+        if not self.boundaries:
+            del out["positions"], out["segments"]
         return select_columns(out, columns)
 
     def _fill(self, row: Batch, number: int) -> None:
@@ -77,6 +86,12 @@ class PackedDataset:
         at = 0
         for segment, item in enumerate(items):
             (text,) = read_sequences(self.tokens, item, item + 1)
+            if self.vocab_size is not None and not 0 <= text.min() <= text.max() < self.vocab_size:
+                bad = text[np.argmax((text < 0) | (text >= self.vocab_size))]
+                raise ValueError(
+                    f"{self.tokens.prefix}: sequence {item} holds token {bad}, and the vocabulary "
+                    f"has {self.vocab_size}. Use the tokenizer that the data was made with."
+                )
             width = min(len(text) - 1, self.seq)
             here = slice(at, at + width)
             row["tokens"][here], row["labels"][here] = text[:width], text[1 : width + 1]
@@ -96,19 +111,23 @@ def packed_dataset(
     tokens: Sequences,
     seq: int,
     *,
+    bounds: tuple[int, int] | None = None,
     learned: Sequences | None = None,
     packing: Literal["packed", "single"] = "packed",
     too_long: TooLong = "stop",
+    vocab_size: int | None = None,
 ) -> PackedDataset:
     """Lay sequences into rows.
 
     Args:
         tokens: the sequences.
         seq: columns of a row.
+        bounds: first sequence and end of those to take; all by default.
         learned: for each token 1 if it is learned as a label, else 0; None learns all.
         packing: several sequences in a row where they fit, or one.
         too_long: what to do with a sequence of more than seq + 1 tokens: leave it out, keep its
             beginning, or refuse it.
+        vocab_size: ids at or above it are an error when they are read; not checked if None.
 
     Raises:
         ValueError: tokens and learned differ, or a sequence is too long.
@@ -119,7 +138,10 @@ def packed_dataset(
             "Encode them again."
         )
     lengths = np.array(tokens.lengths, np.int64)
-    over = lengths > seq + 1
+    first, end = (0, len(lengths)) if bounds is None else bounds
+    outside = np.ones(len(lengths), bool)
+    outside[first:end] = False
+    over = (lengths > seq + 1) & ~outside
     if over.any() and too_long == "stop":
         bad = int(np.argmax(over))
         raise ValueError(
@@ -127,21 +149,24 @@ def packed_dataset(
             f"{seq + 1}; {int(over.sum())} are too long. Drop or cut them, or raise seq."
         )
     keep = lengths > 1 if learned is None else _learns(learned, lengths, seq + 1)
+    keep &= ~outside
     if too_long == "drop":
         keep &= ~over
     kept = np.flatnonzero(keep)
     widths = np.minimum(lengths[kept], seq + 1) - 1
     if packing == "packed":
-        order, bounds = pack(widths, seq)
+        order, rows = pack(widths, seq)
     else:
-        order, bounds = np.arange(len(kept)), np.arange(len(kept) + 1)
+        order, rows = np.arange(len(kept)), np.arange(len(kept) + 1)
     return PackedDataset(
         tokens=tokens,
         learned=learned,
         seq=seq,
         items=kept[order],
-        bounds=bounds,
-        dropped=len(lengths) - len(kept),
+        bounds=rows,
+        dropped=end - first - len(kept),
+        boundaries=packing == "packed",
+        vocab_size=vocab_size,
     )
 
 

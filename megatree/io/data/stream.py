@@ -14,7 +14,7 @@ Columns = Integer[np.ndarray, " t"] | tuple[int, int] | None
 
 @runtime_checkable
 class Batches(Protocol):
-    """What deals batches by number of consumed samples: a `Stream`, or a `TokenDataset`."""
+    """What deals batches by number of consumed samples: a `Stream`, or one of your own."""
 
     @property
     def identity(self) -> str:
@@ -40,10 +40,13 @@ class Stream:
         seed: None deals them as they are stored, which for GPT, BERT, T5 and blends is shuffled
             already and holds as many epochs as were asked for; it ends after the last. A number
             deals epochs without end, each in an order of its own (see `sample_ids`).
+        stored_first: with a seed, deal them as they are stored the first time: Megatron's order for
+            as long as Megatron has one, and then on.
     """
 
     dataset: Dataset
     seed: int | None = None
+    stored_first: bool = False
 
     def __post_init__(self) -> None:
         if self.seed is not None and not len(self.dataset):
@@ -52,7 +55,9 @@ class Stream:
     @property
     def identity(self) -> str:
         """Digest of the dataset and the seed; equal on all ranks of a run."""
-        return digest(kind="stream", dataset=self.dataset.identity, seed=self.seed)
+        return digest(
+            kind="stream", dataset=self.dataset.identity, seed=self.seed, stored=self.stored_first
+        )
 
     def verify(self) -> None:
         """Raise a ValueError if a file changed."""
@@ -90,7 +95,10 @@ class Stream:
     def _ids(self, consumed: int, lo: int, hi: int, num_samples: int) -> np.ndarray:
         positions = consumed + np.arange(lo, hi)
         if self.seed is not None:
-            return sample_ids(positions, len(self.dataset), seed=self.seed)
+            drawn = sample_ids(positions, len(self.dataset), seed=self.seed)
+            if not self.stored_first:
+                return drawn
+            return np.where(positions < len(self.dataset), positions, drawn)
         if consumed + num_samples > len(self.dataset):
             raise ValueError(
                 f"batch: {num_samples} samples after {consumed} pass the end of a dataset of "

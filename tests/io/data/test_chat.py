@@ -125,8 +125,10 @@ def test_only_the_assistant_is_learned_from_file_to_batch(tmp_path) -> None:
         rows = dataset.rows(np.arange(count))
         learned = rows["labels"][rows["weights"] == 1]
         assert bytes(learned.tolist()).decode() == "".join(written)
-        assert (rows["positions"] == 0).sum(1).min() >= 1
-    segments = chat_dataset(tmp_path / "x", 200).rows(np.array([0]))["segments"]
+    assert rows.keys() == {"tokens", "labels", "weights"}, "one chat a row has no boundary"
+    row = chat_dataset(tmp_path / "x", 200).rows(np.array([0]))
+    assert (row["positions"] == 0).sum() >= 3
+    segments = row["segments"]
     assert set(segments.ravel().tolist()) == {0, 1, 2, 3}  # three chats and the padding
 
 

@@ -17,7 +17,6 @@ from megatree.io.data import (
     Loader,
     Share,
     Stream,
-    TokenDataset,
     blend_by_weights,
     gpt_dataset,
 )
@@ -195,16 +194,6 @@ def test_a_blend_notices_a_change_of_any_of_its_files(write_pair) -> None:
     os.utime(f"{sources[1].prefix}.idx", ns=(1, 1))
     with pytest.raises(ValueError, match=r"pair\.idx: changed"):
         blend.verify()
-
-
-def test_the_simple_token_dataset_loads_too() -> None:
-    data = TokenDataset(tokens=np.arange(101), seq=4, seed=1)
-    share = Share(microbatch_size=2, rows=(1, 2))
-    with Loader(data, batch_size=4, share=share) as loader:
-        step = next(loader)
-    np.testing.assert_array_equal(
-        np.concatenate([m["labels"] for m in step.microbatches]), data.batch(0, 4)["labels"][1::2]
-    )
 
 
 def test_identity_changes_with_dataset_and_seed() -> None:

@@ -7,7 +7,14 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from megatree.io.data import IndexedFile, IndexedWriter, pack, packed_dataset
+from megatree.io.data import (
+    Corpus,
+    IndexedFile,
+    IndexedWriter,
+    pack,
+    packed_dataset,
+    packed_datasets,
+)
 
 LENGTHS = st.lists(st.integers(0, 12), max_size=30)
 
@@ -59,6 +66,32 @@ def test_rows_hold_whole_sequences_with_their_boundaries(counting, lengths) -> N
         assert len(pieces) == len({s for s, _ in pieces}) == len({d for _, d in pieces})
         padded = rows["segments"][row][~learned[row]]
         assert set(padded.tolist()) <= {len(pieces)}
+
+
+def test_bounds_take_a_part_and_foreign_ids_are_refused(counting) -> None:
+    source = counting([5, 5, 5, 30])
+    part = packed_dataset(source, 8, bounds=(1, 3), vocab_size=15)
+    rows = part.rows(np.arange(len(part)))
+    learned = np.sort(rows["labels"][rows["weights"] == 1])
+    assert learned.tolist() == [6, 7, 8, 9, 11, 12, 13, 14]
+    assert part.dropped == 0
+    small = packed_dataset(source, 8, bounds=(1, 3), vocab_size=14)
+    with pytest.raises(ValueError, match=r"counting: sequence 2 holds token 14, and .* has 14"):
+        small.rows(np.arange(len(small)))
+
+
+def test_packed_splits_are_shuffled_and_repeat_as_often_as_asked(write_pair) -> None:
+    source = write_pair([5] * 40)
+    corpus = Corpus(prefix=source.prefix, split="8,2")
+    train, valid, test = packed_datasets(corpus, 8, seed=1, num_samples=(40, None, None))
+    assert train is not None
+    assert valid is not None
+    assert test is None
+    assert (len(train), len(valid)) == (40, 4)
+    labels = [train.rows(np.arange(*part))["labels"].ravel() for part in ((0, 16), (16, 32))]
+    assert np.sort(labels[0]).tolist() == np.sort(labels[1]).tolist(), "an epoch repeats none"
+    assert labels[0].tolist() != labels[1].tolist()
+    assert labels[0].max() < 160 <= valid.rows(np.arange(4))["labels"].min()
 
 
 @pytest.mark.parametrize(("too_long", "count", "dropped"), [("drop", 1, 1), ("cut", 2, 0)])

@@ -209,7 +209,7 @@ def test_damaged_vocabularies_are_refused(
 def test_damaged_gpt2_files_are_refused(
     vocab: str | None, merges: str, message: str, tmp_path: Path
 ) -> None:
-    whole = load_demo().tokenizer.get_vocab()
+    whole = load_demo().tokenizer.backend.get_vocab()
     (tmp_path / "vocab.json").write_text(vocab or json.dumps(whole), encoding="utf-8")
     (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
     with pytest.raises(ValueError, match=message):

@@ -128,7 +128,7 @@ def test_a_tokenizer_json_and_its_sentencepiece_model_agree(shared: Path, text: 
 
 def test_truncation_and_padding_of_a_published_file_are_switched_off(tmp_path: Path) -> None:
     """Files published with sentence encoders cut at 128 tokens; a document became its start."""
-    demo = load_demo().tokenizer
+    demo = load_demo().tokenizer.backend
     demo.enable_truncation(4)
     demo.enable_padding(length=9)
     demo.save(str(tmp_path / "tokenizer.json"))
