@@ -1,5 +1,6 @@
 """`megatree explain RECIPE`: what a rank runs, without running it."""
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatree.cli.recipe import read_recipe
+from megatree.io.optional import optional
 from megatree.recipes.config import RunConfig
 from megatree.recipes.words import did_you_mean
 
 if TYPE_CHECKING:
+    from megatree.parallel.model import ModelProgram
     from megatree.parallel.program import Program
 
 
@@ -23,10 +26,15 @@ class Explain:
     Args:
         config: the run.
         unit: the segment, or the kind of block, whose program is printed.
+        layout: a saved layout, or a config.json: take mesh, rules, pipeline and context from it.
+        against_jax: print the collectives that XLA's partitioner (GSPMD) chose beside ours; JAX
+            compiles the unit for as many CPU devices as the mesh has ranks, and runs nothing.
     """
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     unit: str = "blocks.dense"
+    layout: str = ""
+    against_jax: bool = False
 
 
 ABOUT = "Print the program of one block on one rank, and its collectives; nothing is trained."
@@ -39,16 +47,25 @@ def main(args: list[str]) -> int:
     options = tyro.cli(
         Explain, default=Explain(config=cfg), prog=prog, description=ABOUT, args=args[1:]
     )
-    explain(options.config, options.unit)
+    explain(options.config, options.unit, against_jax=options.against_jax)
     return 0
 
 
-def explain(cfg: RunConfig, unit: str = "blocks.dense") -> None:
+def explain(cfg: RunConfig, unit: str = "blocks.dense", *, against_jax: bool = False) -> None:
     """Print the lowered program of a unit, and a table of its collectives.
 
+    Args:
+        cfg: the run.
+        unit: a segment, or a kind of block.
+        against_jax: print the table of `against_jax` too.
+
     Raises:
-        ValueError: the model has no such unit, or cannot be typed under this layout.
+        ValueError: the model has no such unit, cannot be typed under this layout, or JAX is not
+            installed.
     """
+    if against_jax:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when JAX is imported
+        optional("jax", extra="jax", purpose="--against-jax")
     from megatree.parallel.model import lower_model
     from megatree.recipes.build import layout_of_run, model_of
 
@@ -61,6 +78,20 @@ def explain(cfg: RunConfig, unit: str = "blocks.dense") -> None:
     print(program.explain(unit))
     print()
     Console().print(collectives_table(program.units[unit].program))
+    if against_jax:
+        print(beside_jax(program, unit))
+
+
+def beside_jax(program: "ModelProgram", unit: str) -> str:
+    """Return our collectives of a unit beside those that XLA chose.
+
+    Raises:
+        ShardingError: JAX has started with fewer devices than the mesh has ranks.
+    """
+    from megatree.runtime.jax.collectives import against_jax
+
+    note = "On a CPU, XLA writes a reduce-scatter as a psum and a slice; its sync is in backward."
+    return f"{against_jax(program, unit)}\n{note}"
 
 
 def collectives_table(program: "Program") -> Table:

@@ -1,20 +1,25 @@
 """`megatree plan RECIPE`: memory, collectives and time of a run before it runs."""
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatree.cli.recipe import read_recipe
 from megatree.recipes.config import RunConfig
+from megatree.recipes.layout_file import is_layout, save_layout, with_layout
 
 if TYPE_CHECKING:
-    from megatree.parallel.plan import Estimate, Plan
+    from megatree.parallel.plan import Change, Estimate, Plan
+    from megatree.parallel.plan.context import Recommendation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +30,24 @@ class PlanCommand:
         config: the run.
         json: print the plan as JSON.
         html: write a page with the plan to this file.
-        diff: a recipe or a config.json: print what changes from it to this run.
+        diff: a recipe, a config.json or a saved layout: print what changes from it to this run.
+        layout: a saved layout, or a config.json: take mesh, rules, pipeline and context from it.
+        save_layout: write the run's layout to this JSON file, for --layout and --diff.
         plot: write a picture of the pipeline's timeline to this PNG.
+        device: what the time is estimated for.
+        link: GB/s of one rank's link among the ranks of mesh.cp, for the lowering of attention that
+            is recommended; 0 for an H100's, in its node or beyond it.
     """
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     json: bool = False
     html: str = ""
     diff: str = ""
+    layout: str = ""
+    save_layout: str = ""
     plot: str = ""
+    device: Literal["h100", "a100"] = "h100"
+    link: float = 0.0
 
 
 ABOUT = "Plan a run: memory, collectives, FLOPs and time per step; nothing is allocated."
@@ -43,6 +57,7 @@ def main(args: list[str]) -> int:
     """Run the command; return the exit code."""
     cfg = read_recipe("megatree plan", args, about=ABOUT)
     prog = f"megatree plan {args[0]}"
+    args = ["--pipeline.schedule" if arg == "--schedule" else arg for arg in args]
     options = tyro.cli(
         PlanCommand, default=PlanCommand(config=cfg), prog=prog, description=ABOUT, args=args[1:]
     )
@@ -53,10 +68,16 @@ def main(args: list[str]) -> int:
 def plan_of(cfg: RunConfig) -> "Plan":
     """Return the plan of a run's step."""
     from megatree.parallel.plan import plan
-    from megatree.recipes.build import layout_of_run, model_of
+    from megatree.recipes.build import layout_of_run, model_of, moments_of, precision_of
 
     micro = cfg.train.global_batch // cfg.train.microbatch
-    return plan(model_of(cfg), layout_of_run(cfg), num_microbatches=micro)
+    return plan(
+        model_of(cfg),
+        layout_of_run(cfg),
+        num_microbatches=micro,
+        precision=precision_of(cfg),
+        moments=moments_of(cfg),
+    )
 
 
 def run(options: PlanCommand) -> None:
@@ -66,26 +87,62 @@ def run(options: PlanCommand) -> None:
         ValueError: the model cannot be typed under this layout, or a picture is asked of a run
             without a pipeline.
     """
-    from megatree.parallel.plan import estimate
+    from megatree.parallel.plan import DEVICES, differences, estimate
 
     made = plan_of(options.config)
-    guess = estimate(made)
+    device = DEVICES[options.device]
+    guess = estimate(made, device)
     if options.plot:
         _plot(options.config, options.plot)
     if options.html:
         from megatree.cli.plan_page import page
 
         Path(options.html).write_text(page(options.config, made, guess), encoding="utf-8")
-    if options.json:
-        print(json.dumps(made.as_dict(), indent=2))
-        return
-    console = Console()
+    if options.save_layout:
+        save_layout(options.config, options.save_layout)
     if options.diff:
-        other = plan_of(read_recipe("megatree plan --diff", [options.diff], about=ABOUT))
-        rows = differences(other.as_dict(), made.as_dict())
-        console.print(diff_table(options.diff, rows))
-        return
-    print_plan(console, made, guess)
+        changes = differences(plan_of(_other(options)), made)
+        if options.json:
+            print(json.dumps([asdict(change) for change in changes], indent=2))
+        else:
+            Console().print(diff_table(options.diff, changes))
+    elif options.json:
+        print(json.dumps(made.as_dict(), indent=2))
+    else:
+        print_plan(Console(), made, guess, device.name)
+        if options.config.mesh.cp > 1:
+            console = Console(soft_wrap=True)
+            moved = made.context_bytes / 2**20
+            console.print(f"Context parallelism: {moved:,.1f} MiB a step and rank", highlight=False)
+            console.print(escape(str(advice(options.config, options.link))), highlight=False)
+
+
+def advice(cfg: RunConfig, link: float = 0.0) -> "Recommendation":
+    """Return which lowering of attention to take for a run's sequence, heads, cp and link, GB/s."""
+    from megatree.parallel.plan.context import Attention, recommend
+    from megatree.recipes.build import DTYPES
+
+    sizes = cfg.mesh.sizes
+
+    def parts(axis: str) -> int:
+        return math.prod(sizes.get(mesh_axis, 1) for mesh_axis in cfg.rules.get(axis, ()))
+
+    work = Attention(
+        batch=cfg.train.microbatch // parts("batch"),
+        seq=cfg.model.seq_length,
+        kv_heads=cfg.model.kv_heads // parts("kv_heads"),
+        group=cfg.model.group // parts("group"),
+        head_dim=cfg.model.head_dim,
+        itemsize=DTYPES[cfg.dtype].itemsize,
+    )
+    return recommend(work, cfg.mesh.cp, bandwidth=link * 1e9 or None)
+
+
+def _other(options: PlanCommand) -> RunConfig:
+    """Return the run that `--diff` names; a saved layout is one of this run's model."""
+    if options.diff.endswith(".json") and is_layout(options.diff):
+        return with_layout(options.config, options.diff)
+    return read_recipe("megatree plan --diff", [options.diff], about=ABOUT)
 
 
 def _plot(cfg: RunConfig, file: str) -> None:
@@ -105,7 +162,7 @@ def _plot(cfg: RunConfig, file: str) -> None:
         raise ValueError(str(error)) from None
 
 
-def print_plan(console: Console, made: "Plan", guess: "Estimate") -> None:
+def print_plan(console: Console, made: "Plan", guess: "Estimate", device: str) -> None:
     """Print a plan and its estimate as tables."""
     console.print(
         f"{made.num_params:,} parameters on {made.num_ranks:,} ranks ({made.mesh}), "
@@ -114,9 +171,18 @@ def print_plan(console: Console, made: "Plan", guess: "Estimate") -> None:
         f"{made.flops_per_token / 1e9:.3f} GFLOPs a token",
         highlight=False,
     )
+    if made.storage != "whole":
+        console.print(f"Storage: {made.storage}{stored_whole(made)}", highlight=False)
     console.print(memory_table(made))
     console.print(collectives_table(made))
-    console.print(f"Estimate on H100s: {guess}", highlight=False)
+    console.print(f"Estimate on {device}: {guess}", highlight=False)
+
+
+def stored_whole(made: "Plan") -> str:
+    """Return what storage asks to cut, but no dim of it divides."""
+    paths = sorted({path for s in made.stages for path in s.stored_whole})
+    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+    return f" (stored whole: {', '.join(paths[:8])}{more})" if paths else ""
 
 
 def memory_table(made: "Plan") -> Table:
@@ -162,50 +228,18 @@ def mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 
 
-def differences(a: object, b: object, place: str = "") -> list[tuple[str, str, str]]:
-    """Return (field, before, after) of every leaf that differs between two plans as plain
-    values.
-    """
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = list(dict.fromkeys([*a, *b]))
-        pairs = [(f"{place}.{k}" if place else str(k), a.get(k), b.get(k)) for k in keys]
-    elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        named_a, named_b = _named(a), _named(b)
-        keys = list(dict.fromkeys([*named_a, *named_b]))
-        pairs = [(f"{place}[{k}]", named_a.get(k), named_b.get(k)) for k in keys]
-    else:
-        return [] if a == b else [(place, _short(a), _short(b))]
-    return [row for name, x, y in pairs for row in differences(x, y, name)]
-
-
-def _named(items: list[object] | tuple[object, ...]) -> dict[str, object]:
-    """Key a list: collectives by what they are, other things by position."""
-    out: dict[str, object] = {}
-    for i, item in enumerate(items):
-        if isinstance(item, dict) and "kind" in item:
-            key = " ".join(str(item[k]) for k in ("phase", "unit", "source", "kind"))
-            key = f"{key} {'.'.join(item['axes'])}"
-        else:
-            key = str(i)
-        out[key if key not in out else f"{key} #{i}"] = item
-    return out
-
-
-def _short(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        return ", ".join(f"{k}={v}" for k, v in value.items() if k in ("bytes", "count")) or "..."
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def diff_table(other: str, rows: list[tuple[str, str, str]]) -> Table:
+def diff_table(other: str, changes: "Sequence[Change]") -> Table:
     """Return what changes from another plan to this one."""
-    table = Table(title=f"From {other} to this run", title_justify="left", box=box.SIMPLE)
-    for heading in ("field", "before", "after"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    if not rows:
+    title = f"What changes from {other} to this run (one rank; collectives of one step)"
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("what", "before", "after"):
+        table.add_column(heading, overflow="fold", justify="left")
+    last = ""
+    for change in changes:
+        if change.part != last:
+            table.add_row(f"[bold]{change.part}[/bold]", "", "", end_section=False)
+            last = change.part
+        table.add_row(*(escape(x) for x in (change.what, change.before, change.after)))
+    if not changes:
         table.add_row("nothing changes", "", "")
     return table

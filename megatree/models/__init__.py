@@ -1,5 +1,4 @@
-"""Models as parameter trees and segments, and the names that other formats give their leaves."""
+"""Models as parameter trees and segments, and the names that other formats give their leaves.
 
-from megatree.models.gpt import GPTConfig, gpt
-
-__all__ = ["GPTConfig", "gpt"]
+Import from the modules: `gpt_config` needs no torch, and the command line's help is quick by that.
+"""

@@ -1,4 +1,7 @@
-"""What would silently go wrong in a trace: each an error that names the line and the fix."""
+"""What would silently go wrong in a trace: each an error that names the line and the fix.
+
+The commonest of them stand in `test_gallery.py`, word for word.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -7,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import megatree.functional as F
-from megatree.functional.annotate import as_partial, shard
+from megatree.functional.annotate import shard
 from megatree.functional.op import op
 from megatree.functional.param import Array, Param
 from megatree.parallel.errors import ShardingError
@@ -53,11 +55,6 @@ def under(context: Callable[[], Any]) -> Callable[[Tensor], Tensor]:
     return fn
 
 
-def item_assignment(x: Tensor) -> Tensor:
-    x[0] = 1.0
-    return x
-
-
 def augmented(x: Tensor) -> Tensor:
     x += 1.0
     return x
@@ -72,43 +69,14 @@ def attribute(x: Tensor) -> Tensor:
     return x
 
 
-PYTHON = (
-    r"a value flows into Python here, where every rank has only its part\. Use torch\.where or a"
-)
-IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
+PYTHON = r"a value \(.*\) flows into Python here, where every rank has only its part\. Use torch\."
+IN_PLACE = r"an in-place write to a typed tensor \(.*\)\. Write the out-of-place form"
 
 
 @pytest.mark.parametrize(
     ("fn", "text"),
     [
-        (
-            lambda x: Double.apply(x),
-            r"mul: a torch\.autograd\.Function is applied to a typed tensor; its own backward "
-            r"would "
-            r"be lost\. Declare the function that applies it with @op\(",
-        ),
-        (
-            under(torch.no_grad),
-            r"mul: a context of no_grad is active, which a lowered program does not keep\. "
-            r"Use F\.stop_gradient on the value\.",
-        ),
         (under(torch.inference_mode), r"mul: a context of no_grad is active"),
-        (
-            under(lambda: torch.autocast("cpu", torch.bfloat16)),
-            r"mul: a context of autocast is active, .* Cast with F\.cast, or give parameters a "
-            r"dtype\.",
-        ),
-        (
-            under(lambda: sdpa_kernel(SDPBackend.MATH)),
-            r"mul: a context of sdpa_kernel is active, .* Choose the kernel with F\.attention\(",
-        ),
-        (
-            lambda x: x + OUTSIDE,
-            r"add: mixes a plain tensor \[8\] with a typed one \(float32\[4/dp, 6, 8\]\); whether "
-            r"it "
-            r"is whole or a shard cannot be known\. Pass it as an input, or make it inside",
-        ),
-        (lambda x: x * x.sum().item(), "item: " + PYTHON),
         (branch, "bool: " + PYTHON),
         (lambda x: x.tolist(), "tolist: " + PYTHON),
         (lambda x: x[int(x.sum())], "int: " + PYTHON),
@@ -119,7 +87,6 @@ IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
         (lambda x: torch.full((2,), x.sum()), r"full: makes a constant from a typed tensor"),
         (lambda x: x.add_(1), "add_: " + IN_PLACE),
         (augmented, "add_: " + IN_PLACE),
-        (item_assignment, "__setitem__: " + IN_PLACE),
         (lambda x: x.requires_grad_(), "requires_grad_: " + IN_PLACE),
         (
             lambda x: torch.add(x, 1, out=x),
@@ -134,43 +101,16 @@ IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
             r"data: an attribute of a typed tensor is written, which a lowered program does not "
             r"keep\. Return a new value\.",
         ),
-        (
-            lambda x: x + torch.randn(8),
-            r"randn draws from torch's random state, which differs by rank and mesh\. "
-            r"Use F\.dropout with a key, or megatree\.functional\.keys\.",
-        ),
         (lambda x: torch.nn.functional.dropout(x), "dropout draws from torch's random state"),
-        (
-            lambda x: x.to("cuda"),
-            r"to: moves a typed tensor to a device\. Lowered programs run on the rank's device; "
-            r"drop the device argument\.",
-        ),
-        (lambda x: x.to(torch.device("cpu")), "to: moves a typed tensor to a device"),
-        (lambda x: x.cpu(), "cpu: moves a typed tensor to a device"),
-        (
-            lambda x: x.nonzero(),
-            r"no sharding rule for nonzero \(operands float32\[4/dp, 6, 8\]\)\. Declare it with "
-            r'@op\("\.\.\."\), write it with the vocabulary, or wrap the code in local_map\.',
-        ),
+        (lambda x: x.to(torch.device("cpu")), r"to: moves a typed tensor \(.*\) to a device"),
+        (lambda x: x.cpu(), r"cpu: moves a typed tensor \(.*\) to a device"),
         (lambda x: x.grad, "no sharding rule for grad "),
         (lambda x: torch.where(x > 0), r"where\(condition\): the result's shape depends on data"),
         (
             lambda x: x[[0, 1]],
             r"indexing float32\[4/dp, 6, 8\] with a tensor or list has no sharding",
         ),
-        (lambda x: x[x > 0], r"indexing float32\[4/dp, 6, 8\] with a tensor or list"),
-        (
-            lambda x: torch.func.grad(lambda y: (y * y).sum())(x),
-            r"mul\.default: a torch\.func transform \(grad, vmap, jvp\) is applied to a typed "
-            r"tensor",
-        ),
         (lambda x: torch.func.vmap(lambda y: y * 2)(x), r"mul\.default: a torch\.func transform"),
-        (
-            lambda x: x.transpose(0, 1).flatten(0, 1),
-            r"flatten float32\[6, 4/dp, 8\] -> \[24, 8\]: dim 1 is cut over \('dp',\) and merged "
-            r"behind another dim, so shards would interleave\. Put the cut dim first in its group, "
-            r"or keep the dims apart\.",
-        ),
         (
             lambda x: x.unflatten(0, (1, 4)).unflatten(1, (1, 4)).flatten(0, 2).view(4, 48)[:2],
             r"getitem: operand 0 \(float32\[4/dp, 48\]\) is cut on dim 0 over \('dp',\), and the "
@@ -178,30 +118,9 @@ IN_PLACE = r"an in-place write to a typed tensor\. Write the out-of-place form"
             r"needs that dim whole\. Insert shard\(x, \.\.\.\) with a whole axis there\.",
         ),
         (
-            lambda x: torch.softmax(x, 0),
-            r"softmax: operand 0 \(float32\[4/dp, 6, 8\]\) is cut on dim 0 over \('dp',\), and the "
-            r"op "
-            r"needs that dim whole\.",
-        ),
-        (
             lambda x: x.reshape(-1).view(torch.int32),
             r"view: reads the bytes of float32\[192/dp\] as torch\.int32, which has no sharding "
             r"rule",
-        ),
-        (
-            lambda x: shard(x, "batch seq"),
-            r"shard 'batch seq': names 2 axes, the value has 3 dims \(4, 6, 8\)\. "
-            r"Give one name per dim\.",
-        ),
-        (
-            lambda x: shard(x, "seq batch embed"),
-            r"shard 'seq batch embed': axis 'seq' has size 4 here and size 6 at input x\. Name the "
-            r"dims in their order; two different axes need two names\.",
-        ),
-        (
-            lambda x: as_partial(x, "batch"),
-            r"as_partial: float32\[4/dp, 6, 8\] is cut over 'dp'\. shard\(x, \.\.\.\) it whole "
-            r"first\.",
         ),
         (
             lambda x: F.attention(*[x[..., None, None]] * 3, scale=x.mean()),
@@ -248,9 +167,7 @@ NOT_LINEAR = (
         (lambda h, w, b: product(h, w) + 1, "add: " + NOT_LINEAR.format(0)),
         (lambda h, w, b: torch.add(product(h, w), other=1), "add: " + NOT_LINEAR.format(0)),
         (lambda h, w, b: 1 - product(h, w), "rsub: " + NOT_LINEAR.format(0)),
-        (lambda h, w, b: product(h, w) * product(h, w), "mul: " + NOT_LINEAR.format(0)),
         (lambda h, w, b: product(h, w).square(), "square: " + NOT_LINEAR.format(0)),
-        (lambda h, w, b: torch.softmax(product(h, w), -1), "softmax: " + NOT_LINEAR.format(0)),
         (lambda h, w, b: F.rms_norm(product(h, w), b), "rms_norm: " + NOT_LINEAR.format(0)),
         (lambda h, w, b: b / product(h, w), "div: " + NOT_LINEAR.format(1)),
         (lambda h, w, b: 1 / product(h, w), "(rdiv|reciprocal): " + NOT_LINEAR.format(0)),
@@ -276,13 +193,6 @@ NOT_LINEAR = (
             + SUM
             + r"Insert shard\(x, \.\.\.\) where the sum is made\.",
         ),
-        (
-            lambda h, w, b: torch.nn.functional.linear(h, w.t(), b),
-            r"linear: the contracted dim of float32\[4/dp, 6, 12/tp\] is cut over \('tp',\), so "
-            r"the "
-            r"product is a pending sum and the bias would be added once per rank\. "
-            r"Add the bias after shard\(product, \.\.\.\)\.",
-        ),
     ],
 )
 def test_a_pending_sum_is_never_discharged_silently(fn: Callable, text: str) -> None:
@@ -304,18 +214,6 @@ def test_the_error_names_the_line_that_made_the_sum_and_the_line_that_used_it() 
     assert f"created at parallel/test_hazards.py:{first + 1} (einsum" in message
 
 
-def test_operands_must_agree_on_a_dim() -> None:
-    with pytest.raises(
-        ShardingError,
-        match=HERE
-        + r"mul: dim '2' is cut over \('tp',\) in operand 0 \(float32\[4/dp, 6, 12/tp\]\) "
-        r"and over nothing in operand 1 \(float32\[12\]\)\. Lay both out alike with shard\(x, "
-        r"\.\.\.\) "
-        r"or in rules\.",
-    ):
-        low(lambda h: h * torch.arange(12.0), H)
-
-
 def test_a_mean_divides_by_the_global_count_and_local_counts_are_refused() -> None:
     """Section 7, row 2: a quotient of two sums would be the mean of one rank's tokens."""
     low(lambda x: x.mean())
@@ -326,18 +224,6 @@ def test_a_mean_divides_by_the_global_count_and_local_counts_are_refused() -> No
 
 
 # -- the borders of a trace ---------------------------------------------------------------------
-
-
-def test_a_typed_tensor_is_useless_after_its_trace() -> None:
-    kept = []
-    low(lambda x: (kept.append(x), x)[1])
-    with pytest.raises(
-        ShardingError,
-        match=HERE
-        + r"mul: a typed tensor is used outside the trace it belongs to \(a body that closes "
-        r"over it, or code after the trace\)\. Pass it as an operand\.",
-    ):
-        kept[0] * 2
 
 
 def test_a_typed_tensor_of_another_trace_is_refused() -> None:

@@ -59,3 +59,24 @@ H100_SXM = Device(
     step_overhead=0.01,
 )
 """Compute rates measured on one card; links are typical achieved values, not measured here."""
+
+A100_SXM = Device(
+    name="A100 SXM 80 GB, 8 per node, 200 Gb/s per GPU",
+    peak_flops=312e12,
+    product_rate=230e12,
+    product_rate_narrow=0.85,
+    attention_rate=130e12,
+    memory_bandwidth=1.6e12,
+    elementwise_traffic=2.2,
+    node_ranks=8,
+    node_bandwidth=230e9,
+    network_bandwidth=20e9,
+    latency=12e-6,
+    exposed_model=0.8,
+    exposed_sync=0.25,
+    step_overhead=0.01,
+)
+"""Typical achieved values, none of them measured here."""
+
+DEVICES = {"h100": H100_SXM, "a100": A100_SXM}
+"""Name on the command line -> device."""

@@ -71,16 +71,19 @@ def estimate(plan: Plan, device: Device = H100_SXM) -> Estimate:
     )
     products = micro * (stage.flops - stage.attention_flops) / rate
     attention = micro * stage.attention_flops / device.attention_rate
-    elementwise = (
-        micro * stage.activation_bytes * device.elementwise_traffic / device.memory_bandwidth
-    )
+    kept = stage.activation_bytes + stage.offloaded_bytes
+    # The measured traffic is of a forward and a backward, about twice as much; again is a forward.
+    written = stage.plain_bytes + max(0, stage.plain_bytes - kept) / 3
+    elementwise = micro * written * device.elementwise_traffic / device.memory_bandwidth
     inside = sum(
         collective_seconds(c, plan, device) * c.count
         for c in plan.collectives
-        if c.phase in ("forward", "backward")
+        if c.phase not in ("sync", "step") and c.unit != "weights"
     )
     sync = sum(
-        collective_seconds(c, plan, device) * c.count for c in plan.collectives if c.phase == "sync"
+        collective_seconds(c, plan, device) * c.count
+        for c in plan.collectives
+        if c.phase == "sync" or c.unit == "weights"
     )
     model_communication = inside * device.exposed_model
     busy = products + attention + elementwise + model_communication
@@ -113,7 +116,7 @@ def collective_seconds(c: PlannedCollective, plan: Plan, device: Device) -> floa
         n *= sizes[axis]
     within = _span(c.axes, plan) <= device.node_ranks
     bandwidth = device.node_bandwidth if within else device.network_bandwidth
-    passes = {"psum": 2 * (n - 1) / n, "pmax": 2 * (n - 1) / n, "send": 1.0}.get(
+    passes = {"psum": 2 * (n - 1) / n, "pmax": 2 * (n - 1) / n, "send": 1.0, "ppermute": 1.0}.get(
         c.kind, (n - 1) / n
     )
     return c.bytes * passes / bandwidth + device.latency

@@ -8,6 +8,8 @@ from megatree.functional.signature import Signature
 from megatree.parallel.program import Program
 from megatree.parallel.types import ShardType
 
+ATTENTION = ("attention", "attention_blocks")
+
 
 def forward_flops(program: Program, *, local: bool) -> int:
     """Count the FLOPs of one forward run: products and attention; elementwise work is not counted.
@@ -36,9 +38,10 @@ def node_flops(node: fx.Node, sizes: dict[str, int], *, local: bool) -> int:
         for labels, ty in zip(sig.operands, operands, strict=False):
             extent.update({x: n for x, n in zip(labels, shape(ty), strict=True) if x is not None})
         return 2 * math.prod(extent.values())
-    if node.meta.get("op") == "attention":
+    if node.meta.get("op") in ATTENTION:
         q, k, v = (shape(ty) for ty in operands[:3])
-        pairs = math.prod(q[:-1]) * k[1]
+        # A rank's queries see all sources, those of other ranks (of a cut sequence) too.
+        pairs = math.prod(q[:-1]) * operands[1].shape[1]
         causal = node.kwargs.get("causal", True)
         return 2 * pairs * (q[-1] + v[-1]) // (2 if causal else 1)
     return 0
@@ -47,7 +50,7 @@ def node_flops(node: fx.Node, sizes: dict[str, int], *, local: bool) -> int:
 def attention_flops(program: Program, *, local: bool) -> int:
     """Count the FLOPs of attention in one forward run; see `forward_flops`."""
     sizes = program.mesh_sizes if local else {}
-    nodes = [node for node in program.graph.nodes if node.meta.get("op") == "attention"]
+    nodes = [node for node in program.graph.nodes if node.meta.get("op") in ATTENTION]
     return sum(node_flops(node, sizes, local=local) for node in nodes)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,9 +11,13 @@ from megatree.functional.chain import Chain
 from megatree.functional.param import logical_shape
 from megatree.parallel.layout import PIPELINE, Layout
 from megatree.parallel.model import ModelProgram, lower_model
-from megatree.parallel.plan.activations import SavedBytes, saved_bytes
+from megatree.parallel.packing import Group, pack
+from megatree.parallel.plan.activations import Activations
 from megatree.parallel.plan.flops import attention_flops, forward_flops, narrowest_product
+from megatree.parallel.plan.stored import StoredBytes, storage_collectives, stored_bytes
+from megatree.parallel.precision import Precision
 from megatree.parallel.schedule import Schedule, timeline
+from megatree.parallel.schedule.live import held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,7 @@ class PlannedCollective:
         axes: mesh axes.
         bytes: of one rank's larger side.
         count: how often per step.
-        phase: "forward", "backward", "sync" or "step".
+        phase: "forward", "backward", "recompute", "sync" or "step".
         overlappable: whether it may run under compute (gradient syncs and messages do).
     """
 
@@ -49,11 +53,17 @@ class StagePlan:
         rank: pipeline rank.
         stages: the stages it holds.
         parameters: elements on this rank, padding included.
-        parameter_bytes, gradient_bytes, optimizer_bytes: of the buffers.
+        parameter_bytes, gradient_bytes, optimizer_bytes: of the buffers, as storage cuts them.
+        gathered_bytes: rows of weights and gradients that are whole at once while they are used.
+        stored_whole: leaves that storage asks to cut, but none of whose dims divides.
         activation_bytes: what the backward of one microbatch keeps, all its stages together.
+        offloaded_bytes: what of it waits on the host instead.
+        plain_bytes: what it would be without recomputation or offload.
+        again_bytes: most that a backward makes again, or brings back, at once.
         live_microbatches: most microbatches alive at once (stages counted as parts of one).
         peak_bytes: all of the above at the worst moment.
-        flops: of one microbatch, forward and backward.
+        flops: of one microbatch, forward, backward and recomputation.
+        again_flops: the part of it that is recomputation.
         attention_flops: the part of it in attention.
         narrowest_product: smallest extent of any of its products on this rank.
     """
@@ -64,10 +74,16 @@ class StagePlan:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    gathered_bytes: int
+    stored_whole: tuple[str, ...]
     activation_bytes: int
+    offloaded_bytes: int
+    plain_bytes: int
+    again_bytes: int
     live_microbatches: float
     peak_bytes: int
     flops: int
+    again_flops: int
     attention_flops: int
     narrowest_product: int
 
@@ -77,7 +93,7 @@ class Plan:
     """Everything about a run before it runs.
 
     Args:
-        mesh, rules: the layout, as text.
+        mesh, rules, storage: the layout, as text.
         mesh_sizes: (mesh axis, size), outer to inner.
         num_ranks: ranks of the mesh.
         num_params: learned elements of the model, padding excluded.
@@ -89,11 +105,13 @@ class Plan:
         collectives: per step, the largest first.
         message_bytes: of one message between stages (0 without a pipeline).
         bubble: fraction of time that a rank of the pipeline idles with unit costs.
+        sequence_axes: mesh axes that cut sequences.
     """
 
     mesh: str
     mesh_sizes: tuple[tuple[str, int], ...]
     rules: str
+    storage: str
     num_ranks: int
     num_params: int
     num_microbatches: int
@@ -103,6 +121,19 @@ class Plan:
     collectives: tuple[PlannedCollective, ...]
     message_bytes: int
     bubble: float
+    sequence_axes: tuple[str, ...] = ()
+
+    @property
+    def context_bytes(self) -> int:
+        """What a rank sends inside the model among the ranks of a sequence, in a step."""
+        sizes, inside = dict(self.mesh_sizes), ("forward", "backward", "recompute")
+        total = 0.0
+        for c in self.collectives:
+            if c.axes and set(c.axes) <= set(self.sequence_axes) and c.phase in inside:
+                n = math.prod(sizes[axis] for axis in c.axes)
+                share = {"ppermute": 1.0, "psum": 2 * (n - 1) / n}.get(c.kind, (n - 1) / n)
+                total += c.bytes * c.count * share
+        return round(total)
 
     @property
     def peak_bytes(self) -> int:
@@ -119,11 +150,12 @@ class Plan:
             f"{self.num_microbatches} microbatches, {self.tokens_per_step:,} tokens a step, "
             f"{self.flops_per_token:.4g} FLOPs a token"
         )
+        head += f"; storage: {self.storage}" if self.storage != "whole" else ""
         stages = [
             f"  pipeline rank {s.rank}: {s.parameters:,} parameters; bytes: parameters "
             f"{s.parameter_bytes:,}, gradients {s.gradient_bytes:,}, optimizer "
-            f"{s.optimizer_bytes:,}, activations {s.activation_bytes:,} x {s.live_microbatches:g}; "
-            f"peak {s.peak_bytes:,}"
+            f"{s.optimizer_bytes:,}{_gathered(s)}, activations {s.activation_bytes:,} x "
+            f"{s.live_microbatches:g}{_made_again(s)}; peak {s.peak_bytes:,}"
             for s in self.stages
         ]
         rows = [
@@ -134,15 +166,24 @@ class Plan:
         return "\n".join([head, *stages, *rows])
 
 
-def plan(model: Chain, layout: Layout, *, num_microbatches: int = 1) -> Plan:
-    """Plan a training step with AdamW: memory, collectives and work, without processes or weights.
+def plan(
+    model: Chain,
+    layout: Layout,
+    *,
+    num_microbatches: int = 1,
+    precision: Precision = Precision(),  # noqa: B008 (frozen)
+    moments: Sequence[torch.dtype] = (torch.float32, torch.float32),
+) -> Plan:
+    """Plan a training step: memory, collectives and work, without processes or weights.
 
     Built from the same lowering that the runtime executes; the cost does not grow with the mesh.
 
     Args:
         model: a chain; its sizes are those of one microbatch over all ranks.
-        layout: mesh and rules, and with a pipeline its placement and schedule.
+        layout: mesh, rules and storage, and with a pipeline its placement and schedule.
         num_microbatches: per step.
+        precision: what is stored in which dtype.
+        moments: dtypes of the optimizer's states per parameter; AdamW has two.
 
     Returns:
         A Plan: print it, compare it, turn it into JSON.
@@ -152,22 +193,31 @@ def plan(model: Chain, layout: Layout, *, num_microbatches: int = 1) -> Plan:
     """
     program = lower_model(model, layout)
     schedule = layout.schedule_for(num_microbatches)
-    saved = {
-        name: saved_bytes(unit.program, num_carry_out=unit.num_carry)
-        for name, unit in program.units.items()
-    }
+    activations = Activations(program)
     tokens = math.prod(logical_shape(next(iter(model.batch.values())), model.sizes, "batch"))
     flops = sum(
         3 * forward_flops(program.units[name].program, local=False) for name, _, _ in program.order
     )
     ranks = range(layout.num_stage_ranks)
-    stages = tuple(_stage(program, schedule, rank, saved) for rank in ranks)
+    groups = [pack(program, stage_rank=rank) for rank in ranks]
+    stages = tuple(
+        _stage(
+            program,
+            schedule,
+            rank,
+            activations,
+            groups[rank],
+            stored_bytes(groups[rank], precision, moments),
+        )
+        for rank in ranks
+    )
     busiest = max(ranks, key=lambda rank: stages[rank].flops)
     sizes = layout.sizes
     return Plan(
         mesh=str(layout.mesh),
         mesh_sizes=tuple(layout.mesh.sizes.items()),
         rules=str(layout.rules),
+        storage=str(layout.storage),
         num_ranks=layout.mesh.num_ranks,
         num_params=model.num_params,
         num_microbatches=num_microbatches,
@@ -176,7 +226,12 @@ def plan(model: Chain, layout: Layout, *, num_microbatches: int = 1) -> Plan:
         stages=stages,
         collectives=tuple(
             sorted(
-                _collectives(program, schedule, busiest, num_microbatches),
+                [
+                    *_collectives(
+                        program, schedule, busiest, num_microbatches, activations, groups[busiest]
+                    ),
+                    *_storage(groups[busiest], precision, num_microbatches),
+                ],
                 key=lambda c: -c.bytes * c.count,
             )
         ),
@@ -188,7 +243,22 @@ def plan(model: Chain, layout: Layout, *, num_microbatches: int = 1) -> Plan:
             default=0,
         ),
         bubble=_bubble(schedule),
+        sequence_axes=layout.axes("seq"),
     )
+
+
+def _gathered(stage: StagePlan) -> str:
+    """Print what storage gathers at once, and what it could not cut."""
+    out = f", gathered {stage.gathered_bytes:,}" if stage.gathered_bytes else ""
+    whole = ", ".join(stage.stored_whole[:8])
+    return f"{out} (stored whole: {whole})" if whole else out
+
+
+def _made_again(stage: StagePlan) -> str:
+    """Print what recomputation and offload change."""
+    out = f" (of {stage.plain_bytes:,})" if stage.again_bytes else ""
+    out += f", {stage.offloaded_bytes:,} on the host" if stage.offloaded_bytes else ""
+    return f"{out}, made again {stage.again_bytes:,}" if stage.again_bytes else out
 
 
 def _entries(program: ModelProgram, rank: int) -> list[str]:
@@ -201,41 +271,43 @@ def _entries(program: ModelProgram, rank: int) -> list[str]:
 
 
 def _stage(
-    program: ModelProgram, schedule: Schedule, rank: int, saved: dict[str, SavedBytes]
+    program: ModelProgram,
+    schedule: Schedule,
+    rank: int,
+    activations: Activations,
+    groups: Sequence[Group],
+    stored: StoredBytes,
 ) -> StagePlan:
-    sizes = program.layout.sizes
-    held: set[tuple[str, int | None]] = set()
-    for (name, index, _), stage in zip(program.order, program.stages, strict=True):
-        if program.stage_rank[stage] == rank:
-            held |= {
-                (path, index if path.startswith(f"{name}.") else None)
-                for path in program.units[name].leaves.values()
-            }
-    local = [
-        (math.prod(program.types[path].local_shape(sizes)), program.types[path].dtype)
-        for path, _ in held
-    ]
-    parameter_bytes = sum(n * dtype.itemsize for n, dtype in local)
-    gradient_bytes = sum(n * torch.promote_types(d, torch.float32).itemsize for n, d in local)
-    masters = sum(n * 4 for n, dtype in local if dtype.itemsize < 4)
     units = _entries(program, rank)
-    kept = sum(saved[name].activations + saved[name].carry for name in units)
-    live = _live(schedule, rank)
-    flops = 3 * sum(forward_flops(program.units[name].program, local=True) for name in units)
-    static = parameter_bytes + gradient_bytes + 2 * gradient_bytes + masters
+    stages = tuple(s for s, r in enumerate(program.stage_rank) if r == rank)
+    live = max(now for _, now in held(schedule, rank, [1 / len(stages)] * schedule.num_stages))
+    kept = [activations.of(stage) for stage in stages]
+    here, again = sum(k.here for k in kept), max(k.again for k in kept)
+    programs = [program.units[name].program for name in units]
+    again_flops = sum(k.flops for k in kept)
+    attention = 3 * sum(attention_flops(p, local=True) for p in programs)
+    static = stored.params + stored.grads + stored.opt + stored.gathered
+    asked = program.layout.stored
     return StagePlan(
         rank=rank,
-        stages=tuple(s for s, r in enumerate(program.stage_rank) if r == rank),
-        parameters=sum(n for n, _ in local),
-        parameter_bytes=parameter_bytes,
-        gradient_bytes=gradient_bytes,
-        optimizer_bytes=2 * gradient_bytes + masters,
-        activation_bytes=kept,
-        live_microbatches=live,
-        peak_bytes=static + int(kept * live),
-        flops=flops,
-        attention_flops=3
-        * sum(attention_flops(program.units[name].program, local=True) for name in units),
+        stages=stages,
+        parameters=sum(g.num_rows * g.row_size for g in groups),
+        parameter_bytes=stored.params,
+        gradient_bytes=stored.grads,
+        optimizer_bytes=stored.opt,
+        gathered_bytes=stored.gathered,
+        stored_whole=tuple(
+            leaf.path for g in groups if asked and not g.stored for leaf in g.leaves
+        ),
+        activation_bytes=here,
+        offloaded_bytes=sum(k.away for k in kept),
+        plain_bytes=sum(k.plain for k in kept),
+        again_bytes=again,
+        live_microbatches=round(live, 6),
+        peak_bytes=static + int(here * live) + again,
+        flops=3 * sum(forward_flops(p, local=True) for p in programs) + again_flops,
+        again_flops=again_flops,
+        attention_flops=attention + sum(k.attention_flops for k in kept),
         narrowest_product=min(
             (n for name in set(units) if (n := narrowest_product(program.units[name].program))),
             default=0,
@@ -243,13 +315,22 @@ def _stage(
     )
 
 
-def _live(schedule: Schedule, rank: int) -> float:
-    """Return the most stages of microbatches alive at once, in units of a rank's whole part."""
-    alive = most = 0
-    for action in schedule.ranks[rank]:
-        alive += {"F": 1, "B": -1, "W": 0}[action.kind]
-        most = max(most, alive)
-    return most / max(1, schedule.stage_rank.count(rank))
+def _storage(
+    groups: Sequence[Group], precision: Precision, num_microbatches: int
+) -> Iterator[PlannedCollective]:
+    """Yield the reductions into storage and the gathers out of it."""
+    for group in groups:
+        for c in storage_collectives(group, precision, num_microbatches) if group.stored else ():
+            yield PlannedCollective(
+                unit="gradient sync" if c.kind != "all_gather" else "weights",
+                source=c.source,
+                kind=c.kind,
+                axes=c.axes,
+                bytes=c.bytes,
+                count=c.count,
+                phase=c.phase,
+                overlappable=True,
+            )
 
 
 def _bubble(schedule: Schedule) -> float:
@@ -257,14 +338,20 @@ def _bubble(schedule: Schedule) -> float:
 
 
 def _collectives(
-    program: ModelProgram, schedule: Schedule, rank: int, num_microbatches: int
+    program: ModelProgram,
+    schedule: Schedule,
+    rank: int,
+    num_microbatches: int,
+    activations: Activations,
+    groups: Sequence[Group],
 ) -> Iterator[PlannedCollective]:
-    """Yield what one rank of a pipeline rank does in a step."""
+    """Yield what one rank of a pipeline rank does in a step, beside what storage does."""
     times = Counter(_entries(program, rank))
+    cut = {leaf.path for group in groups if group.stored for leaf in group.leaves}
     for name, unit in program.units.items():
         for c in unit.program.collectives:
-            if times[name]:
-                sync = c.phase == "sync"
+            sync = c.phase == "sync"
+            if times[name] and not (sync and unit.leaves[c.source.removeprefix("w.")] in cut):
                 yield PlannedCollective(
                     unit="gradient sync" if sync else name,
                     source=unit.leaves[c.source.removeprefix("w.")] if sync else c.source,
@@ -275,6 +362,23 @@ def _collectives(
                     phase=c.phase,
                     overlappable=sync,
                 )
+    repeated = Counter(
+        call
+        for stage, holder in enumerate(program.stage_rank)
+        if holder == rank
+        for call in activations.of(stage).collectives
+    )
+    for (name, c), times_again in repeated.items():
+        yield PlannedCollective(
+            unit=name,
+            source=c.source,
+            kind=c.kind,
+            axes=c.axes,
+            bytes=c.bytes,
+            count=times_again * num_microbatches,
+            phase="recompute",
+            overlappable=False,
+        )
     axes = tuple(program.layout.mesh.sizes)
     if axes:
         yield PlannedCollective(

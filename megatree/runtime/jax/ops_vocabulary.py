@@ -83,6 +83,9 @@ def _attention(
     positions: Array | None = None,
     source_positions: Array | None = None,
     key: int | Array | None = None,
+    segment_ids: Array | None = None,
+    source_segment_ids: Array | None = None,
+    sinks: Array | None = None,
     *,
     causal: bool = True,
     window: int | None = None,
@@ -96,12 +99,19 @@ def _attention(
     exact = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, precision=exact) * scale
     seen = _seen(q.shape[1], positions, source_positions, causal, window)
+    if segment_ids is not None:
+        of_sources = segment_ids if source_segment_ids is None else source_segment_ids
+        same = segment_ids[..., :, None] == of_sources[..., None, :]
+        seen = same if seen is None else seen & same
     if seen is not None:
         seen = seen if seen.ndim == 2 else seen[:, None, None]
         scores = jnp.where(seen, scores, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    p = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    p = jnp.exp(scores - top)
     total = jnp.sum(p, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(wide(sinks)[:, :, None, None] - top)
     p = p / jnp.where(total == 0, 1, total)  # a query that sees nothing gets zeros
     if dropout > 0.0:
         assert key is not None

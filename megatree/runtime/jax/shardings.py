@@ -114,8 +114,8 @@ def rules_from_specs(specs: Mapping[str, PartitionSpec], axes: Mapping[str, str]
     Raises:
         ShardingError: two arrays cut the same axis differently; one rule cannot say both.
 
-    >>> rules_from_specs({"w_up": PartitionSpec("tp", None)}, {"w_up": "ffn embed"})
-    Rules(table=(('embed', ()), ('ffn', ('tp',))))
+    >>> print(rules_from_specs({"w_up": PartitionSpec("tp", None)}, {"w_up": "ffn embed"}))
+    embed -> whole, ffn -> tp
     """
     rules: dict[str, tuple[str, ...]] = {}
     where: dict[str, str] = {}

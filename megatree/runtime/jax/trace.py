@@ -6,7 +6,11 @@ from typing import Any
 
 import optree
 
+from megatree.functional.comm import SINGLE
+from megatree.functional.op import OpRule
+from megatree.parallel.context import DEFAULT
 from megatree.parallel.lower import Traced, trace
+from megatree.parallel.scoped import scoped_op
 from megatree.parallel.tracer import Localise, Tracer
 from megatree.parallel.typed import TypedTensor, map_structure, typed_leaves
 from megatree.parallel.types import ShardType, make_type
@@ -36,6 +40,7 @@ class GlobalTracer(Tracer):
         evaluate: Callable[..., Any] | None = None,
         localise: Localise | None = None,
         comm_table: bool = False,
+        communicates: bool = False,
     ) -> Any:
         """Type and emit a call as `Tracer` does, with global sizes in its arguments."""
 
@@ -52,7 +57,19 @@ class GlobalTracer(Tracer):
             evaluate=evaluate,
             localise=keep_whole if localise else None,
             comm_table=comm_table,
+            communicates=communicates,
         )
+
+    def lowered_op(self, rule: OpRule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Emit an op on whole arrays, laid out like its first operand, however it is lowered."""
+        first = args[0] if args else None
+        how = dict(self.layout.rules.lower).get(rule.name, DEFAULT.get(rule.name))
+        if how is None or not isinstance(first, TypedTensor) or not how.applies(args):
+            return self.declared_op(rule, args, kwargs)
+        plain = map_structure(lambda x: x.plain if isinstance(x, TypedTensor) else x, args)
+        meta = rule.fn(SINGLE, *plain, **kwargs)
+        ty = replace(first.type_, shape=tuple(meta.shape), dtype=meta.dtype)
+        return self.emit(scoped_op, (rule.fn, {}, *args), kwargs, [ty], [meta], op=rule.name)
 
     def shard(self, x: TypedTensor, axes: str) -> TypedTensor:
         """Check and lay out as `Tracer` does, and keep the annotation."""
@@ -94,5 +111,9 @@ def _uncut(ty: ShardType) -> ShardType:
 def trace_global(
     fn: Callable[..., Any], layout: Any, *abstract: Any, sizes: Mapping[str, int] | None = None
 ) -> Traced:
-    """Trace a function into a graph over whole arrays; see `megatree.parallel.lower.trace`."""
+    """Trace a function into a graph over whole arrays; see `megatree.parallel.lower.trace`.
+
+    Whole arrays are in natural order: that of a layout's shards is ours alone.
+    """
+    layout = replace(layout, order=None)
     return trace(fn, layout, *abstract, sizes=sizes, tracer=GlobalTracer(layout))

@@ -2,20 +2,26 @@
 
 import json
 import time
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from megatree.models.gpt import GPTConfig, gpt
 from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.mesh import Mesh
 from megatree.parallel.plan import plan
-from megatree.parallel.schedule import interleaved, one_f_one_b
+from megatree.parallel.schedule import (
+    interleaved,
+    one_f_one_b,
+    timeline,
+    zero_bubble_h1,
+    zero_bubble_v,
+)
 from megatree.parallel.threads import Threads
-from megatree.runtime.adamw import adamw
+from megatree.runtime.optimizers import adamw
 from megatree.runtime.step import train_step
+from tests.parallel.plan.measure import batch, held
 
 TENSOR = {"batch": "dp", "kv_heads": "tp", "ffn": "tp", "vocab": "tp", "seq_res": "tp"}
 SMALL = GPTConfig(
@@ -30,14 +36,6 @@ LLAMA_1B = GPTConfig(
     head_dim=128,
     ffn=5632,
 )
-
-
-def batch(cfg: GPTConfig, size: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    tokens, labels = torch.randint(
-        0, cfg.vocab_size, (2, size, cfg.seq_length), generator=generator
-    )
-    return {"tokens": tokens, "labels": labels, "weights": torch.ones(size, cfg.seq_length)}
 
 
 def test_parameters_and_flops_of_llama_1b_are_the_known_ones() -> None:
@@ -59,43 +57,19 @@ def test_planned_memory_is_what_a_step_keeps(mesh: dict[str, int]) -> None:
     layout = Layout(Mesh(**mesh), Rules(**TENSOR) if mesh else Rules())
     model = gpt(SMALL, batch_size=4)
     made = plan(model, layout).stages[0]
-
-    def rank_main(comm):
-        step = train_step(model, layout, adamw(1e-3), comm=comm)
-        state = step.init(0)
-        held = {
-            "parameters": state.params.values(),
-            "gradients": step.gradients.grads.values(),
-            "optimizer": [x for key in ("m", "v") for x in state.opt[key].values()],
-        }
-        own = {b.untyped_storage()._cdata for bs in held.values() for b in bs}
-        kept: dict[int, int] = {}
-
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage.nbytes()
-            return x
-
-        with saved_tensors_hooks(pack, lambda x: x):
-            step(state, [step.local(batch(SMALL, 4))])
-        sizes = {k: sum(b.numel() * b.element_size() for b in bs) for k, bs in held.items()}
-        return sizes, sum(kept.values())
-
-    if mesh:
-        sizes, kept = Threads(layout.mesh.sizes).run(rank_main)[0]
-    else:
-        sizes, kept = rank_main(None)
-    assert sizes["parameters"] == made.parameter_bytes
-    assert sizes["gradients"] == made.gradient_bytes
-    assert sizes["optimizer"] == made.optimizer_bytes
-    assert kept == pytest.approx(made.activation_bytes, rel=0.05)
+    found = held(model, layout, batch(SMALL, 4))
+    assert found.parameters == made.parameter_bytes
+    assert found.gradients == made.gradient_bytes
+    assert found.optimizer == made.optimizer_bytes
+    assert found.saved == pytest.approx(made.activation_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_planned_collectives_are_the_executed_ones(sequence_parallel: bool) -> None:
     """Counts of the model's own collectives by kind, over two microbatches."""
-    rules = TENSOR if sequence_parallel else {k: v for k, v in TENSOR.items() if k != "seq_res"}
+    rules: dict[str, Any] = {**TENSOR}
+    if not sequence_parallel:
+        del rules["seq_res"]
     layout = Layout(Mesh(tp=2), Rules(**rules))
     model = gpt(SMALL, batch_size=4)
     planned: dict[str, int] = {}
@@ -133,6 +107,22 @@ def test_a_plan_for_sixteen_thousand_ranks_takes_seconds() -> None:
     assert sum(s.parameters for s in made.stages) * 8 == made.num_params + 7 * norms
 
 
+def test_a_plan_of_llama_405b_on_sixty_five_thousand_ranks_takes_seconds() -> None:
+    """Its published number of parameters; stages of 7 or 8 of the 126 layers."""
+    cfg = GPTConfig(
+        vocab_size=128256, seq_length=8192, num_layers=126, embed=16384, kv_heads=8, group=16,
+        head_dim=128, ffn=53248, rope_base=5e5,
+    )  # fmt: skip
+    layout = Layout(Mesh(pp=16, dp=512, tp=8), Rules(**TENSOR), schedule=one_f_one_b)
+    start = time.perf_counter()
+    made = plan(gpt(cfg, batch_size=512, dtype=torch.bfloat16), layout, num_microbatches=128)
+    assert time.perf_counter() - start < 20
+    assert made.num_ranks == 65536
+    assert made.num_params == 405_853_388_800
+    assert made.tokens_per_step == 512 * 128 * 8192
+    assert made.bubble == pytest.approx(15 / (128 + 15))
+
+
 def test_a_plan_is_a_value_that_becomes_json() -> None:
     model = gpt(SMALL, batch_size=4)
     layout = Layout(Mesh(pp=2), schedule=lambda p, m: interleaved(p, m, 2))
@@ -141,3 +131,14 @@ def test_a_plan_is_a_value_that_becomes_json() -> None:
     assert json.loads(json.dumps(first.as_dict()))["num_ranks"] == 2
     assert first.message_bytes == 4 * 32 * 32 * 4
     assert "pipeline rank 1" in str(first)
+
+
+@pytest.mark.parametrize("generate", [one_f_one_b, zero_bubble_h1, zero_bubble_v])
+def test_live_microbatches_of_a_plan_are_those_of_the_schedule(generate) -> None:
+    """A split backward keeps a microbatch until its weight gradients are computed."""
+    schedule = generate(2, 6)
+    made = plan(gpt(SMALL, batch_size=4), Layout(Mesh(pp=2), schedule=generate), num_microbatches=6)
+    per_rank = schedule.num_stages / schedule.num_ranks
+    assert [s.live_microbatches for s in made.stages] == [
+        live / per_rank for live in timeline(schedule).peak_live
+    ]

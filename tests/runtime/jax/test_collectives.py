@@ -104,6 +104,7 @@ def test_xla_and_we_agree_on_a_tensor_parallel_layer() -> None:
     assert [c.source for c in theirs if c.phase == "forward"] == [ours[0].source]
 
 
+@pytest.mark.full  # `megatree explain --against-jax` prints the same in the default suite
 def test_a_model_is_printed_beside_ours() -> None:
     cfg = GPTConfig(
         vocab_size=16, seq_length=8, num_layers=1, embed=16, kv_heads=2, head_dim=8, ffn=32

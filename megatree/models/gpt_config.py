@@ -1,0 +1,100 @@
+"""Sizes and choices of the dense decoder, as a value that a command line reads without torch."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+Norm = Literal["rms", "layer"]
+Positions = Literal["rotary", "learned"]
+Activation = Literal["swiglu", "gelu", "gelu_tanh", "squared_relu"]
+
+_CHOICES = {"norm": Norm, "positions": Positions, "activation": Activation}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Sizes and choices of a dense decoder.
+
+    Args:
+        vocab_size: number of tokens that exist.
+        seq_length: tokens per sequence (the longest, with learned positions).
+        num_layers: number of blocks.
+        embed: width of the residual stream.
+        kv_heads: number of key heads; a query head per key head and group.
+        group: query heads per key head.
+        head_dim: width of a head.
+        ffn: width of the feed-forward layer.
+        norm: RMSNorm or LayerNorm, before each half of a block and before the head.
+        positions: rotary, or a learned table added to the embedding.
+        activation: of the feed-forward layer; "swiglu" is the gated one.
+        bias: whether products and LayerNorms have one.
+        qkv_bias: whether the products that make queries, keys and values have one (as Qwen2).
+        qk_norm: whether queries and keys are normalised over head_dim before they turn (as Qwen3).
+        window: a token sees tokens less than this many before it (as Mistral); None for all.
+        tied: whether the head reads the embedding's table.
+        dropout: rate on the embedding and on what each half of a block adds.
+        attention_dropout: rate on attention weights.
+        norm_eps: added to mean squares and variances.
+        rope_base: see `rope_table`.
+        rope_scaling: (factor, low, high, length) of `rope_table` (as Llama 3.1), or None.
+        vocab_pad: the table is allocated at the next multiple of this many rows.
+        init_std: standard deviation of the first weights; of those that write to the residual
+            stream, it is divided by sqrt(2 num_layers).
+
+    Raises:
+        ValueError: a size is not positive, a choice unknown, or two fields contradict.
+    """
+
+    vocab_size: int
+    seq_length: int
+    num_layers: int
+    embed: int
+    kv_heads: int
+    group: int = 1
+    head_dim: int
+    ffn: int
+    norm: Norm = "rms"
+    positions: Positions = "rotary"
+    activation: Activation = "swiglu"
+    bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    tied: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_scaling: tuple[float, float, float, float] | None = None
+    vocab_pad: int = 1
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"GPTConfig: {field.name} is {value}. Give at least 1.")
+            if field.name in _CHOICES and value not in (known := get_args(_CHOICES[field.name])):
+                raise ValueError(
+                    f"GPTConfig: {field.name} is {value!r}. Use one of {', '.join(known)}."
+                )
+            if field.name in ("dropout", "attention_dropout") and not 0.0 <= value < 1.0:
+                raise ValueError(f"GPTConfig: {field.name} is {value}. Give a rate in [0, 1).")
+            if field.name in ("norm_eps", "rope_base", "init_std") and value <= 0.0:
+                raise ValueError(f"GPTConfig: {field.name} is {value}. Give a positive number.")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"GPTConfig: window is {self.window}. Give at least 1, or None.")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(
+                f"GPTConfig: head_dim is {self.head_dim}, and rotary positions turn pairs. "
+                "Make head_dim even."
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """The number of query heads."""
+        return self.kv_heads * self.group
+
+    @property
+    def random(self) -> bool:
+        """Whether a step needs a key."""
+        return self.dropout > 0.0 or self.attention_dropout > 0.0
