@@ -2,6 +2,7 @@
 trivial.
 """
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -20,6 +21,16 @@ class Comm(Protocol):
 
     def axis_index(self, axis: str) -> int:
         """Return this rank's position along a logical axis."""
+        ...
+
+    def ranges(
+        self, axis: str, length: int, index: int | None = None
+    ) -> tuple[tuple[int, int], ...]:
+        """Return which elements of the whole axis a rank's piece of `length` elements holds.
+
+        (start, stop) pairs, in the order in which they lie; of the rank at position `index` of the
+        axis, or of this one.
+        """
         ...
 
     def psum(self, x: Tensor, axis: str) -> Tensor:
@@ -50,6 +61,10 @@ class Comm(Protocol):
         """Hand to the rank `shift` places on, take from the one `shift` places back."""
         ...
 
+    def ppermute_async(self, x: Tensor, axis: str, shift: int) -> Callable[[], Tensor]:
+        """Start `ppermute`; the returned function waits for what arrives. Carries no gradient."""
+        ...
+
 
 class Single:
     """One device: every axis has size 1, every collective is the identity."""
@@ -59,6 +74,12 @@ class Single:
 
     def axis_index(self, axis: str) -> int:
         return 0
+
+    def ranges(
+        self, axis: str, length: int, index: int | None = None
+    ) -> tuple[tuple[int, int], ...]:
+        at = self.axis_index(axis) if index is None else index
+        return ((at * length, (at + 1) * length),)
 
     def psum(self, x: Tensor, axis: str) -> Tensor:
         return x
@@ -80,6 +101,9 @@ class Single:
 
     def ppermute(self, x: Tensor, axis: str, shift: int) -> Tensor:
         return x
+
+    def ppermute_async(self, x: Tensor, axis: str, shift: int) -> Callable[[], Tensor]:
+        return lambda: x
 
 
 SINGLE = Single()

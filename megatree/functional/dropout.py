@@ -28,9 +28,19 @@ def keep(
         device: where to draw.
     """
     sizes = tuple(n * comm.axis_size(a) for a, n in zip(labels, shape, strict=True))
-    starts = (n * comm.axis_index(a) for a, n in zip(labels, shape, strict=True))
-    box = tuple((start, start + n) for start, n in zip(starts, shape, strict=True))
-    return keys.keep_mask(key, keys.box_index(sizes, box, device), rate)
+    held = tuple(comm.ranges(a, n) for a, n in zip(labels, shape, strict=True))
+    return keys.keep_mask(key, _index(sizes, held, device), rate)
+
+
+def _index(
+    sizes: tuple[int, ...], held: tuple[tuple[tuple[int, int], ...], ...], device: torch.device
+) -> Int[Tensor, "..."]:
+    """Return the global row-major index of every element that a rank holds."""
+    for dim, ranges in enumerate(held):
+        if len(ranges) > 1:  # a dim in zigzag order
+            parts = [_index(sizes, (*held[:dim], (r,), *held[dim + 1 :]), device) for r in ranges]
+            return torch.cat(parts, dim)
+    return keys.box_index(sizes, tuple(ranges[0] for ranges in held), device)
 
 
 def check_rate(rate: float, key: int | Tensor | None, place: str) -> None:

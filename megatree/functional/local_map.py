@@ -43,6 +43,7 @@ class LocalMap:
     reference: Callable[..., Any] | None
     static: bool
     single_output: bool
+    any_order: bool = False
 
     @property
     def name(self) -> str:
@@ -58,6 +59,7 @@ def local_map(
     over: Sequence[str] = (),
     reference: Callable[..., Any] | None = None,
     static: bool = True,
+    any_order: bool = False,
 ) -> Callable[..., Any]:
     """Wrap `fn(comm, *local)` so that it runs on local shards: the escape hatch and the research
     door.
@@ -76,6 +78,8 @@ def local_map(
         reference: the same function on whole tensors, for JAX and for the law test; None takes the
             body itself on one device.
         static: whether output shapes follow from input shapes; False for data-dependent bodies.
+        any_order: promise that the body does not look at the order of elements along cut axes (no
+            neighbours, no offsets), so that it may run on a sequence in zigzag order.
 
     Returns:
         A function of the operands.
@@ -96,6 +100,7 @@ def local_map(
         reference=reference,
         static=static,
         single_output=single,
+        any_order=any_order,
     )
 
     @functools.wraps(fn)

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from megatree.functional.comm import SINGLE
 
-Text = str | Callable[[Sequence[int]], str]
+Text = str | Callable[[Sequence[int]], str] | Callable[[Sequence[int], Sequence[str]], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +22,13 @@ class OpRule:
     Args:
         name: the op's name in plans and errors.
         fn: the function on plain (local) tensors.
-        signature: text of `signature.parse`, or a function of the operands' ranks.
+        signature: text of `signature.parse`, or a function of the operands' ranks (and, if it
+            takes two arguments, of their names).
         linear: sets of operand positions in which the op is jointly linear.
         comm: whether `fn` takes a comm over the signature's labels as its first argument.
         product: whether the op is exactly the contraction that its labels spell.
+        communicates: whether `fn` exchanges tensors over labels that it does not own.
+        operands: names of the operands, in order.
     """
 
     name: str
@@ -34,6 +37,17 @@ class OpRule:
     linear: tuple[tuple[int, ...], ...] = ()
     comm: bool = False
     product: bool = False
+    communicates: bool = False
+    operands: tuple[str, ...] = ()
+
+    def text(self, ranks: Sequence[int], names: Sequence[str]) -> str:
+        """Return the signature for operands of these ranks and names (absent ones left out)."""
+        if isinstance(self.signature, str):
+            return self.signature
+        made: Callable[..., str] = self.signature
+        if len(inspect.signature(made).parameters) == 1:
+            return made(ranks)
+        return made(ranks, names)
 
 
 def op(
@@ -42,6 +56,7 @@ def op(
     linear: Sequence[Sequence[int]] = (),
     comm: bool = False,
     product: bool = False,
+    communicates: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a function as an op: tensors first (None for an absent one), then static options.
 
@@ -87,6 +102,8 @@ def op(
             linear=tuple(tuple(group) for group in linear),
             comm=comm,
             product=product,
+            communicates=communicates,
+            operands=tuple(p.name for p in operands),
         )
         return call
 

@@ -1,5 +1,6 @@
 """Rotary position embedding, as a table of positions and its application."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ def rope_table(
     dim: int,
     *,
     base: float = 10000.0,
+    scaling: tuple[float, float, float, float] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "... c"]:
     """Return the cosines, then the sines, of the angles by which `rope` turns pairs of elements.
@@ -27,6 +29,9 @@ def rope_table(
         positions: tokens, [...] ([t] or [b, t]).
         dim: number of elements that are turned, twice the number of pairs.
         base: inverse frequency of the slowest pair, about.
+        scaling: (factor, low, high, length) slows pairs that turn less than `low` times in `length`
+            tokens by the factor, leaves those that turn more than `high` times, and blends between;
+            None leaves all.
         dtype: dtype of the table.
 
     Returns:
@@ -35,14 +40,21 @@ def rope_table(
     Raises:
         ValueError: `dim` is odd.
 
-    Reference: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
+    Reference: Su et al. 2021, arXiv:2104.09864, section 3.2.2; Grattafiori et al. 2024,
+    arXiv:2407.21783, section 3.4.2 (scaling).
     """
     if dim % 2:
         raise ValueError(
             f"rope_table: dim is {dim}, pairs of elements are turned. Give an even dim."
         )
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-    angles = positions.to(torch.float64).unsqueeze(-1) * torch.pow(base, -exponents)
+    frequencies = torch.pow(base, -exponents)
+    if scaling is not None:
+        factor, low, high, length = scaling
+        turns = frequencies * (length / (2 * math.pi))
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        frequencies = frequencies * (kept + (1.0 - kept) / factor)
+    angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(dtype)
 
 

@@ -66,7 +66,10 @@ def parse(text: str, ranks: Sequence[int], linear: Sequence[Sequence[int]] = ())
 
     ins, outs = [words(p) for p in left.split(",")], [words(p) for p in right.split(",")]
     if len(ins) != len(ranks):
-        raise ValueError(f"{text!r}: takes {len(ins)} operands, {len(ranks)} given.")
+        raise ValueError(
+            f"{text!r}: takes {len(ins)} operands, {len(ranks)} given. "
+            "Give one operand per group of labels."
+        )
     for names, rank in zip(ins, ranks, strict=True):
         if "..." in names:
             extra = rank - len(names) + 1

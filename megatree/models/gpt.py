@@ -1,10 +1,10 @@
 """The dense decoder: one source that a config makes GPT-2, Llama or something between."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,97 +13,13 @@ import megatree.functional as F
 from megatree.functional.annotate import shard
 from megatree.functional.chain import Chain, Segment, Stack
 from megatree.functional.param import Array, Param, normal, ones, zeros
-
-Norm = Literal["rms", "layer"]
-Positions = Literal["rotary", "learned"]
-Activation = Literal["swiglu", "gelu", "gelu_tanh", "squared_relu"]
+from megatree.models.gpt_config import GPTConfig
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": F.gelu_tanh,
     "squared_relu": F.squared_relu,
 }
-_CHOICES = {"norm": Norm, "positions": Positions, "activation": Activation}
-
-
-@dataclass(frozen=True, kw_only=True)
-class GPTConfig:
-    """Sizes and choices of a dense decoder.
-
-    Args:
-        vocab_size: number of tokens that exist.
-        seq_length: tokens per sequence (the longest, with learned positions).
-        num_layers: number of blocks.
-        embed: width of the residual stream.
-        kv_heads: number of key heads; a query head per key head and group.
-        group: query heads per key head.
-        head_dim: width of a head.
-        ffn: width of the feed-forward layer.
-        norm: RMSNorm or LayerNorm, before each half of a block and before the head.
-        positions: rotary, or a learned table added to the embedding.
-        activation: of the feed-forward layer; "swiglu" is the gated one.
-        bias: whether products and LayerNorms have one.
-        tied: whether the head reads the embedding's table.
-        dropout: rate on the embedding and on what each half of a block adds.
-        attention_dropout: rate on attention weights.
-        norm_eps: added to mean squares and variances.
-        rope_base: see `rope_table`.
-        vocab_pad: the table is allocated at the next multiple of this many rows.
-        init_std: standard deviation of the first weights; of those that write to the residual
-            stream, it is divided by sqrt(2 num_layers).
-
-    Raises:
-        ValueError: a size is not positive, a choice unknown, or two fields contradict.
-    """
-
-    vocab_size: int
-    seq_length: int
-    num_layers: int
-    embed: int
-    kv_heads: int
-    group: int = 1
-    head_dim: int
-    ffn: int
-    norm: Norm = "rms"
-    positions: Positions = "rotary"
-    activation: Activation = "swiglu"
-    bias: bool = False
-    tied: bool = False
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    norm_eps: float = 1e-5
-    rope_base: float = 10000.0
-    vocab_pad: int = 1
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise ValueError(f"GPTConfig: {field.name} is {value}. Give at least 1.")
-            if field.name in _CHOICES and value not in (known := get_args(_CHOICES[field.name])):
-                raise ValueError(
-                    f"GPTConfig: {field.name} is {value!r}. Use one of {', '.join(known)}."
-                )
-            if field.name in ("dropout", "attention_dropout") and not 0.0 <= value < 1.0:
-                raise ValueError(f"GPTConfig: {field.name} is {value}. Give a rate in [0, 1).")
-            if field.name in ("norm_eps", "rope_base", "init_std") and value <= 0.0:
-                raise ValueError(f"GPTConfig: {field.name} is {value}. Give a positive number.")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(
-                f"GPTConfig: head_dim is {self.head_dim}, and rotary positions turn pairs. "
-                "Make head_dim even."
-            )
-
-    @property
-    def num_heads(self) -> int:
-        """The number of query heads."""
-        return self.kv_heads * self.group
-
-    @property
-    def random(self) -> bool:
-        """Whether a step needs a key."""
-        return self.dropout > 0.0 or self.attention_dropout > 0.0
 
 
 def gpt(
@@ -111,7 +27,7 @@ def gpt(
     *,
     batch_size: int,
     dtype: torch.dtype = torch.float32,
-    explicit_positions: bool = False,
+    entries: Collection[str] = (),
 ) -> Chain:
     """Declare a dense decoder: segments embed, blocks, head (the carry becomes logits) and loss.
 
@@ -119,8 +35,9 @@ def gpt(
         cfg: sizes and choices.
         batch_size: sequences in a batch.
         dtype: dtype of the parameters.
-        explicit_positions: whether the batch has "positions", for sequences that are permuted or
-            do not start at 0; if not, they are 0 .. seq-1.
+        entries: what else the batch has, [batch, seq]: "segments", the document of every token, out
+            of which none looks (rising along a row); "positions", which rotary angles and learned
+            rows are taken at, in place of 0 .. seq-1 (masks go by the order of the row).
 
     Returns:
         A Chain. Its batch: tokens and labels (-100 is ignored), weights (the loss mask), and key
@@ -132,8 +49,9 @@ def gpt(
         "labels": Array("batch seq", torch.int64),
         "weights": Array("batch seq", torch.float32),
     }
-    if explicit_positions:
-        batch["positions"] = Array("seq", torch.int64)
+    if odd := sorted(set(entries) - {"positions", "segments"}):
+        raise ValueError(f"gpt: entries are {odd}. Known are positions and segments.")
+    batch.update({name: Array("batch seq", torch.int64) for name in sorted(entries)})
     if cfg.random:
         batch["key"] = Array("", torch.int64)
     borrows = {"table": "embed.table"} if cfg.tied else {}
@@ -176,8 +94,10 @@ def consts_of(
         positions = batch.get("positions")
         if positions is None:
             tokens = batch["tokens"]
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
-        consts["rope"] = F.rope_table(positions, cfg.head_dim, base=cfg.rope_base, dtype=dtype)
+            positions = shard(torch.arange(tokens.shape[1], device=tokens.device), "seq")
+        consts["rope"] = F.rope_table(
+            positions, cfg.head_dim, base=cfg.rope_base, scaling=cfg.rope_scaling, dtype=dtype
+        )
     return consts
 
 
@@ -203,12 +123,16 @@ def block_params(cfg: GPTConfig) -> dict[str, Param]:
     if cfg.activation == "swiglu":
         weights["w_gate"] = Param("ffn embed", init=into)
     if cfg.bias:
-        for name in ("wq", "wk", "wv", "w_gate", "w_up"):
-            if name in weights:
-                axes = weights[name].axes.removesuffix(" embed")
-                weights[_bias(name)] = Param(axes, init=zeros)
         for name in ("wo", "w_down"):
             weights[_bias(name)] = Param("embed", init=zeros)
+    biased = ("wq", "wk", "wv", "w_gate", "w_up") if cfg.bias else ("wq", "wk", "wv")
+    for name in biased if cfg.bias or cfg.qkv_bias else ():
+        if name in weights:
+            axes = weights[name].axes.removesuffix(" embed")
+            weights[_bias(name)] = Param(axes, init=zeros)
+    if cfg.qk_norm:
+        weights["norm_q"] = Param("head_dim", init=ones)
+        weights["norm_k"] = Param("head_dim", init=ones)
     return {**weights, **_norm_params("norm1", cfg), **_norm_params("norm2", cfg)}
 
 
@@ -225,13 +149,11 @@ def embed(
     tokens = consts["tokens"]
     x = shard(F.embedding(tokens, w["table"]), "batch seq_res embed")
     if cfg.positions == "learned":
-        positions = consts.get("positions")
-        rows = (
-            w["positions"][: tokens.shape[1]]
-            if positions is None
-            else F.embedding(positions, w["positions"])
-        )
-        x = x + shard(rows, "seq_res embed")
+        if "positions" in consts:
+            rows = F.embedding(consts["positions"], w["positions"])
+            x = x + shard(rows, "batch seq_res embed")
+        else:
+            x = x + shard(w["positions"][: tokens.shape[1]], "seq_res embed")
     if cfg.dropout > 0.0:
         x = F.dropout(x, F.fold(consts["key"], "embed"), rate=cfg.dropout)
     return x, {}
@@ -267,13 +189,23 @@ def loss(
 def _attend(x: Tensor, w: Any, consts: Mapping[str, Tensor], cfg: GPTConfig) -> Tensor:
     y = shard(_norm(x, w, "norm1", cfg), "batch seq embed")
     q, k, v = F.project(y, (w["wq"], w["wk"], w["wv"]))
-    if cfg.bias:
+    if cfg.bias or cfg.qkv_bias:
         q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
+    if cfg.qk_norm:
+        q = F.rms_norm(q, w["norm_q"], eps=cfg.norm_eps)
+        k = F.rms_norm(k, w["norm_k"], eps=cfg.norm_eps)
     if cfg.positions == "rotary":
         q, k = F.rope(q, consts["rope"]), F.rope(k, consts["rope"])
     key = F.fold(consts["key"], consts["layer"], "attention") if cfg.attention_dropout else None
     o = F.attention(
-        q, k, v, consts.get("positions"), None, key, causal=True, dropout=cfg.attention_dropout
+        q,
+        k,
+        v,
+        key=key,
+        segment_ids=consts.get("segments"),
+        causal=True,
+        window=cfg.window,
+        dropout=cfg.attention_dropout,
     )
     return F.einsum("b t g r k, g r k d -> b t d", o, w["wo"])
 

@@ -1,4 +1,4 @@
-"""The names and layouts that Hugging Face gives the leaves of `gpt`, as data."""
+"""Names and layouts that other formats give the leaves of `gpt`, as data."""
 
 import math
 import re
@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatree.functional.chain import Chain, Segment, Stack
+from megatree.functional.chain import Chain, Stack
 from megatree.functional.param import Param, logical_shape, padded_shape
 from megatree.functional.tree import flatten_with_names
+
+Span = tuple[str, int, int]
+"""A range of an axis: (axis, start, stop)."""
+
+Spans = tuple[tuple[Span, ...], ...]
+"""What the dims of an array are made of, outermost first; () is a dim of size 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +26,105 @@ class Source:
 
     Args:
         leaf: path of the leaf, "blocks.dense.wq".
-        name: name of the foreign tensor; "{layer}" stands for the layer's number.
+        name: name of the foreign tensor; "{layer}" stands for the layer's number. A leaf of a stack
+            whose name has none is in a tensor of all layers.
         axes: the leaf's axes in the order in which the foreign tensor holds them, those that are
-            one dim there in parentheses: "embed (kv_heads group head_dim)" is a matrix.
-        part: (index, number) if the leaf is one of several equal parts of the foreign tensor's
-            last dim.
+            one dim there in parentheses: "embed (kv_heads group head_dim)" is a matrix. An axis
+            that the leaf lacks says its size, "part:3" or "slot:group+2".
+        at: (axis, index) if the leaf is a part of the foreign tensor: it lies at this index of an
+            axis that it lacks (from the end if negative), or begins there if it has one axis that
+            `axes` do not name.
+        split: "head_dim=pair half:2" if the foreign tensor keeps factors of an axis apart; one of
+            them may go without a size.
     """
 
     leaf: str
     name: str
     axes: str
-    part: tuple[int, int] = (0, 1)
+    at: tuple[str, int] | None = None
+    split: str = ""
+
+    @property
+    def layered(self) -> bool:
+        """Whether every layer has a tensor of its own."""
+        return "{layer}" in self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """How a leaf and a foreign tensor share axes.
+
+    Args:
+        leaf: what the dims of the leaf are made of, the layers first if it has them.
+        within: ranges of axes that the leaf lies in and has no dim of.
+        foreign: what the dims of the foreign tensor are made of.
+    """
+
+    leaf: Spans
+    within: tuple[Span, ...]
+    foreign: Spans
+
+
+def fold(source: Source, leaf: Param, sizes: Mapping[str, int]) -> Fold:
+    """Return how a leaf lies in the foreign tensor of `source`.
+
+    Args:
+        source: of the leaf.
+        leaf: its declaration.
+        sizes: axis -> size, those of the model and of the format.
+
+    Raises:
+        ValueError: the axes are not those of the leaf.
+    """
+    known = dict(sizes) if leaf.stack is None else {**sizes, "layers": leaf.stack}
+    whole, _, factors = source.split.partition("=")
+    parts = _factors(factors, known[whole], known, source) if whole else ()
+    known |= dict(parts)
+    foreign = tuple(tuple(_span(word, known) for word in group) for group in _dims(source.axes))
+    named = {span[0]: span for group in foreign for span in group}
+    dims, within = [], []
+    free = source.at
+    for axis in leaf.names:
+        if axis == whole:
+            dims.append(tuple((name, 0, size) for name, size in parts))
+        elif axis in named or (axis == "layers" and source.layered):
+            dims.append(((axis, 0, known[axis]),))
+        elif free is not None:
+            start = free[1] % named[free[0]][2]
+            dims.append(((free[0], start, start + known[axis]),))
+            free = None
+        else:
+            raise ValueError(f"{source.leaf}: {source.name} has no axis '{axis}'. Name it in axes.")
+    if free is not None:
+        start = free[1] % named[free[0]][2]
+        within.append((free[0], start, start + 1))
+    return Fold(leaf=tuple(dims), within=tuple(within), foreign=foreign)
+
+
+def _span(word: str, sizes: Mapping[str, int]) -> Span:
+    name, _, size = word.partition(":")
+    if not size:
+        return name, 0, sizes[name]
+    terms = [int(term) if term.isdigit() else sizes[term] for term in size.split("+")]
+    return name, 0, sum(terms)
+
+
+def _factors(
+    words: str, whole: int, sizes: Mapping[str, int], source: Source
+) -> tuple[tuple[str, int], ...]:
+    given = {
+        name: int(size) if size.isdigit() else sizes[size]
+        for name, _, size in (word.partition(":") for word in words.split())
+        if size
+    }
+    rest, left = divmod(whole, math.prod(given.values()))
+    if left:
+        raise ValueError(
+            f"{source.leaf}: {whole} elements do not divide by {math.prod(given.values())}, as "
+            f"{source.name} has it. Correct the config."
+        )
+    names = [word.partition(":")[0] for word in words.split()]
+    return tuple((name, given.get(name, rest)) for name in names)
 
 
 _LLAMA_LAYER, _GPT2_LAYER = "model.layers.{layer}", "transformer.h.{layer}"
@@ -60,24 +154,24 @@ GPT2 = (
     Source(leaf="embed.table", name="transformer.wte.weight", axes="vocab embed"),
     Source(leaf="embed.positions", name="transformer.wpe.weight", axes="max_seq embed"),
     *(
-        Source(leaf=f"blocks.dense.{leaf}", name=f"{_GPT2_LAYER}.{name}", axes=axes, part=part)
-        for leaf, name, axes, part in (
-            ("norm1", "ln_1.weight", "embed", (0, 1)),
-            ("b_norm1", "ln_1.bias", "embed", (0, 1)),
-            ("wq", "attn.c_attn.weight", "embed (kv_heads group head_dim)", (0, 3)),
-            ("wk", "attn.c_attn.weight", "embed (kv_heads head_dim)", (1, 3)),
-            ("wv", "attn.c_attn.weight", "embed (kv_heads head_dim)", (2, 3)),
-            ("bq", "attn.c_attn.bias", "(kv_heads group head_dim)", (0, 3)),
-            ("bk", "attn.c_attn.bias", "(kv_heads head_dim)", (1, 3)),
-            ("bv", "attn.c_attn.bias", "(kv_heads head_dim)", (2, 3)),
-            ("wo", "attn.c_proj.weight", "(kv_heads group head_dim) embed", (0, 1)),
-            ("bo", "attn.c_proj.bias", "embed", (0, 1)),
-            ("norm2", "ln_2.weight", "embed", (0, 1)),
-            ("b_norm2", "ln_2.bias", "embed", (0, 1)),
-            ("w_up", "mlp.c_fc.weight", "embed ffn", (0, 1)),
-            ("b_up", "mlp.c_fc.bias", "ffn", (0, 1)),
-            ("w_down", "mlp.c_proj.weight", "ffn embed", (0, 1)),
-            ("b_down", "mlp.c_proj.bias", "embed", (0, 1)),
+        Source(leaf=f"blocks.dense.{leaf}", name=f"{_GPT2_LAYER}.{name}", axes=axes, at=at)
+        for leaf, name, axes, at in (
+            ("norm1", "ln_1.weight", "embed", None),
+            ("b_norm1", "ln_1.bias", "embed", None),
+            ("wq", "attn.c_attn.weight", "embed (part:3 kv_heads group head_dim)", ("part", 0)),
+            ("wk", "attn.c_attn.weight", "embed (part:3 kv_heads head_dim)", ("part", 1)),
+            ("wv", "attn.c_attn.weight", "embed (part:3 kv_heads head_dim)", ("part", 2)),
+            ("bq", "attn.c_attn.bias", "(part:3 kv_heads group head_dim)", ("part", 0)),
+            ("bk", "attn.c_attn.bias", "(part:3 kv_heads head_dim)", ("part", 1)),
+            ("bv", "attn.c_attn.bias", "(part:3 kv_heads head_dim)", ("part", 2)),
+            ("wo", "attn.c_proj.weight", "(kv_heads group head_dim) embed", None),
+            ("bo", "attn.c_proj.bias", "embed", None),
+            ("norm2", "ln_2.weight", "embed", None),
+            ("b_norm2", "ln_2.bias", "embed", None),
+            ("w_up", "mlp.c_fc.weight", "embed ffn", None),
+            ("b_up", "mlp.c_fc.bias", "ffn", None),
+            ("w_down", "mlp.c_proj.weight", "ffn embed", None),
+            ("b_down", "mlp.c_proj.bias", "embed", None),
         )
     ),
     Source(leaf="head.norm", name="transformer.ln_f.weight", axes="embed"),
@@ -103,8 +197,8 @@ def from_foreign(sources: Sequence[Source], tensors: Mapping[str, Tensor], model
         ValueError: a tensor is missing, left over or of another size.
     """
     names, leaves, spec = flatten_with_names(model.params)
-    by_leaf = _sources_of(sources, names)
-    wanted = {name for leaf in names for name in _foreign_names(by_leaf[leaf], model)}
+    by_leaf = sources_of(sources, names)
+    wanted = {name for leaf in names for name in foreign_names(by_leaf[leaf], model)}
     tied = {by_leaf[leaf].name for leaf in _borrowed(model) if leaf in by_leaf}
     _check_names(wanted, set(tensors) - (tied - wanted))
     values = []
@@ -112,9 +206,9 @@ def from_foreign(sources: Sequence[Source], tensors: Mapping[str, Tensor], model
         source = by_leaf[path]
         parts = [
             _to_leaf(tensors[name], name, source, leaf, model)
-            for name in _foreign_names(source, model)
+            for name in foreign_names(source, model)
         ]
-        value = parts[0] if leaf.stack is None else torch.stack(parts)
+        value = torch.stack(parts) if leaf.stack is not None and source.layered else parts[0]
         out = value.new_zeros(padded_shape(leaf, model.sizes, path))
         out[tuple(slice(0, n) for n in value.shape)] = value
         values.append(out)
@@ -133,22 +227,27 @@ def to_foreign(sources: Sequence[Source], params: Any, model: Chain) -> dict[str
         Tensors by foreign name.
     """
     names, leaves, spec = flatten_with_names(model.params)
-    by_leaf = _sources_of(sources, names)
-    found: dict[str, dict[int, Tensor]] = {}
+    by_leaf = sources_of(sources, names)
+    found: dict[str, Tensor] = {}
     values: list[Any] = spec.flatten_up_to(params)
     for path, leaf, value in zip(names, leaves, values, strict=True):
         source = by_leaf[path]
         value = value[tuple(slice(0, n) for n in logical_shape(leaf, model.sizes, path))]
-        for name, part in zip(
-            _foreign_names(source, model), [value] if leaf.stack is None else value, strict=True
-        ):
-            found.setdefault(name, {})[source.part[0]] = _from_leaf(part, source, leaf)
-    return {
-        name: torch.cat([parts[i] for i in sorted(parts)], dim=-1) for name, parts in found.items()
-    }
+        layers = [value] if leaf.stack is None or not source.layered else value
+        for name, part in zip(foreign_names(source, model), layers, strict=True):
+            spans = fold(source, leaf, model.sizes)
+            shape = [_size(group) for group in spans.foreign]
+            out = found.setdefault(name, value.new_zeros(shape))
+            _window(out, spans).copy_(_to_atoms(part, spans, source))
+    return found
 
 
-def _sources_of(sources: Sequence[Source], names: Sequence[str]) -> dict[str, Source]:
+def sources_of(sources: Sequence[Source], names: Sequence[str]) -> dict[str, Source]:
+    """Return the source of every leaf.
+
+    Raises:
+        ValueError: a leaf has none.
+    """
     by_leaf = {source.leaf: source for source in sources}
     lacking = [name for name in names if name not in by_leaf]
     if lacking:
@@ -159,12 +258,13 @@ def _sources_of(sources: Sequence[Source], names: Sequence[str]) -> dict[str, So
     return by_leaf
 
 
-def _foreign_names(source: Source, model: Chain) -> list[str]:
+def foreign_names(source: Source, model: Chain) -> list[str]:
     """Return the foreign name of a leaf, or those of its layers in their order."""
+    if not source.layered:
+        return [source.name]
     name, _, rest = source.leaf.partition(".")
     segment = model.segments[name]
-    if isinstance(segment, Segment):
-        return [source.name]
+    assert isinstance(segment, Stack), f"{source.leaf} has layers"
     kind = rest.partition(".")[0]
     return [source.name.format(layer=i) for i, k in enumerate(segment.pattern) if k == kind]
 
@@ -190,32 +290,54 @@ def _check_names(wanted: set[str], given: set[str]) -> None:
 
 
 def _to_leaf(tensor: Tensor, name: str, source: Source, leaf: Param, model: Chain) -> Tensor:
-    """Split a foreign tensor into the leaf's axes and put them in the leaf's order."""
-    index, number = source.part
-    dims = _dims(source.axes)
-    sizes = [[model.sizes[axis] for axis in axes] for axes in dims]
-    shape = [math.prod(group) for group in sizes]
-    shape[-1] *= number
+    """Take a leaf's part of a foreign tensor and put its axes in the leaf's order."""
+    spans = fold(source, leaf, model.sizes)
+    shape = [_size(group) for group in spans.foreign]
     if list(tensor.shape) != shape:
         raise ValueError(
             f"{name}: shape is {list(tensor.shape)}, {source.leaf} needs {shape}. "
             "Correct the config."
         )
-    part = tensor.chunk(number, dim=-1)[index].reshape([n for group in sizes for n in group])
-    flat = [axis for axes in dims for axis in axes]
-    return part.permute([flat.index(axis) for axis in leaf.names if axis != "layers"])
+    atoms = _window(tensor.contiguous(), spans)
+    flat = [axis for group in spans.foreign for axis, _, _ in group]
+    own = _own(spans, source)
+    order = [flat.index(axis) for group in own for axis, _, _ in group]
+    lacking = [dim for dim in range(len(flat)) if dim not in order]
+    moved = atoms.permute([*order, *lacking])
+    return moved.reshape([_size(group) for group in own])
 
 
-def _from_leaf(value: Tensor, source: Source, leaf: Param) -> Tensor:
-    """Put a leaf's axes in the foreign order and merge them."""
-    dims = _dims(source.axes)
-    own = [axis for axis in leaf.names if axis != "layers"]
-    out = value.permute([own.index(axis) for axes in dims for axis in axes])
-    for dim, axes in enumerate(dims):
-        out = out.flatten(dim, dim + len(axes) - 1)
+def _to_atoms(value: Tensor, spans: Fold, source: Source) -> Tensor:
+    """Put a leaf's axes in the foreign order; axes that it lacks are of size 1."""
+    own = [span for group in _own(spans, source) for span in group]
+    atoms = value.reshape([stop - start for _, start, stop in own])
+    names = [axis for axis, _, _ in own]
+    flat = [axis for group in spans.foreign for axis, _, _ in group]
+    lacking = [axis for axis in flat if axis not in names]
+    moved = atoms.reshape([*atoms.shape, *[1] * len(lacking)])
+    names += lacking
+    return moved.permute([names.index(axis) for axis in flat])
+
+
+def _window(tensor: Tensor, spans: Fold) -> Tensor:
+    """View a foreign tensor by its axes, and of them the part that a leaf lies in."""
+    out = tensor.view([stop for group in spans.foreign for _, _, stop in group])
+    own = {span[0]: span for group in (*spans.leaf, spans.within) for span in group}
+    for dim, (axis, _, _) in enumerate(span for group in spans.foreign for span in group):
+        _, start, stop = own[axis]
+        out = out.narrow(dim, start, stop - start)
     return out
+
+
+def _own(spans: Fold, source: Source) -> Spans:
+    """Return the dims of a leaf without those that are another tensor each."""
+    return spans.leaf[1:] if source.layered else spans.leaf
+
+
+def _size(group: tuple[Span, ...]) -> int:
+    return math.prod(stop - start for _, start, stop in group)
 
 
 def _dims(axes: str) -> list[list[str]]:
     """Read "embed (kv_heads head_dim)" as [["embed"], ["kv_heads", "head_dim"]]."""
-    return [(merged or single).split() for merged, single in re.findall(r"\(([^)]*)\)|(\w+)", axes)]
+    return [(merged or single).split() for merged, single in re.findall(r"\(([^)]*)\)|(\S+)", axes)]

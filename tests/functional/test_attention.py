@@ -1,6 +1,8 @@
 """Attention kernels against a loop over queries, and each other."""
 
 import math
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -8,14 +10,22 @@ import torch
 from torch import Tensor
 
 import megatree.functional as F
+from megatree.functional.attention_kernels import (
+    TileKernel,
+    choose_tile_kernel,
+    tile_backward,
+    tile_forward,
+)
 from tests.functional.check import assert_same, rand
 from tests.functional.halves import local_form, on_halves
+from tests.functional.tile_table import BOUNDS, distances
 from tests.tolerances import RELATIVE, distance
 
 KERNELS = ["reference", "sdpa", "auto"]
 HEADS = {"mha": (4, 1), "gqa": (2, 3), "mqa": (1, 4)}
 PERMUTED = torch.tensor([3, 0, 5, 1, 4, 2])
 BATCHED = torch.stack([PERMUTED, torch.tensor([0, 1, 2, 0, 1, 2])])
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 4], [2, 3, 3, 3, 3, 3]])
 MASKS: dict[str, dict[str, Any]] = {
     "causal": {},
     "full": {"causal": False},
@@ -26,6 +36,10 @@ MASKS: dict[str, dict[str, Any]] = {
     "permuted window": {"positions": PERMUTED, "window": 3},
     "batched": {"positions": BATCHED},
     "full batched": {"positions": BATCHED, "causal": False},
+    "documents": {"segment_ids": DOCUMENTS},
+    "documents, one row": {"segment_ids": DOCUMENTS[0], "window": 2},
+    "documents, full": {"segment_ids": DOCUMENTS, "causal": False},
+    "documents, permuted": {"segment_ids": DOCUMENTS[0][PERMUTED], "positions": PERMUTED},
 }
 
 
@@ -49,21 +63,28 @@ def by_query(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
+    segment_ids: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend with one query at a time, over the sources it sees."""
     at = torch.arange(q.shape[1]) if positions is None else positions
     at = at.expand(q.shape[0], -1)
     there = at if source_positions is None else source_positions.expand(q.shape[0], -1)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    document = torch.zeros(1, dtype=torch.int64) if segment_ids is None else segment_ids
+    document = document.expand(q.shape[0], k.shape[1])
 
     def one(b: int, t: int, g: int, r: int) -> Tensor:
         distance = (at[b, t] - there[b]).tolist()
         near = [abs(d) < (window or 10**9) and (d >= 0 or not causal) for d in distance]
+        if segment_ids is not None:
+            near = [a and x == document[b, t] for a, x in zip(near, document[b], strict=True)]
         seen = torch.tensor(near).nonzero()[:, 0]
         if len(seen) == 0:
             return v[b, 0, g] * 0
         weights = torch.exp(scale * (k[b, seen, g] @ q[b, t, g, r]))
-        return (weights / weights.sum()) @ v[b, seen, g]
+        rest = 0 if sinks is None else torch.exp(sinks[g, r])
+        return (weights / (weights.sum() + rest)) @ v[b, seen, g]
 
     dims = [range(n) for n in q.shape[:4]]
     rows = [one(b, t, g, r) for b in dims[0] for t in dims[1] for g in dims[2] for r in dims[3]]
@@ -145,6 +166,106 @@ def test_reference_computes_half_precision_in_float32() -> None:
     assert distance(got, expected) < RELATIVE[torch.bfloat16] / 4
 
 
+SINKS = rand(2, 3, seed=9)
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "batched", "documents"])
+@pytest.mark.parametrize("kernel", ["reference", "sdpa", "auto", "cpu_flash"])
+def test_sinks_join_the_softmax_and_bring_no_value(kernel: str, mask: str) -> None:
+    """Their own gradient too: a sink without one never learns."""
+    assert_same(
+        lambda q, k, v, s: F.attention(q, k, v, sinks=s, **MASKS[mask], kernel=kernel),
+        lambda q, k, v, s: by_query(q, k, v, sinks=s, **MASKS[mask]),
+        *operands(2, 3, torch.float64),
+        SINKS,
+    )
+
+
+def test_documents_side_by_side_are_documents_alone() -> None:
+    q, k, v = operands(2, 3, torch.float64)
+    for kernel in ("reference", "auto", "cpu_flash"):
+        packed = F.attention(q, k, v, segment_ids=DOCUMENTS[0], kernel=kernel)
+        for a, b in ((0, 3), (3, 5), (5, 6)):
+            alone = F.attention(q[:, a:b], k[:, a:b], v[:, a:b])
+            assert distance(packed[:, a:b], alone) < RELATIVE[torch.float64]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        ("cpu_flash", torch.bfloat16),
+        ("cpu_flash", torch.float16),
+        ("cpu_flash", torch.float32),
+        ("plain", torch.bfloat16),
+    ],
+)
+def test_tiles_and_rings_of_them_are_as_near_to_float64_as_their_dtype(
+    kernel: TileKernel, dtype: torch.dtype, packed: bool, num_ranks: int
+) -> None:
+    """The stated table of the fused kernels; those of a GPU are in tests/gpu."""
+    found = distances(kernel, dtype, "cpu", num_ranks, packed=packed)
+    assert max(found.values()) < BOUNDS[dtype], found
+    assert max(found.values()) > BOUNDS[dtype] / 20  # or float64 is compared with itself
+
+
+def test_the_package_flash_attn_is_called_with_tokens_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its functions of version 2.7, played by plain torch: layouts, order and scale."""
+
+    def heads_first(*xs: Tensor) -> list[Tensor]:
+        return [x.transpose(1, 2) for x in xs]
+
+    def forward(q, k, v, *, softmax_scale, causal, return_softmax, **rest):
+        q, k, v = heads_first(q, k, v)
+        out, lse = tile_forward("plain", q, k, v, None, causal=causal, scale=softmax_scale)
+        return out.transpose(1, 2), lse, None, None
+
+    def backward(dout, q, k, v, out, lse, dq, dk, dv, *, softmax_scale, causal, **rest):
+        g, q, k, v, merged = heads_first(dout, q, k, v, out)
+        found = tile_backward(
+            "plain", g, q, k, v, merged, lse, None, causal=causal, scale=softmax_scale
+        )
+        for into, x in zip((dq, dk, dv), found, strict=True):
+            into.copy_(x.transpose(1, 2))
+
+    assert choose_tile_kernel("cuda", torch.bfloat16, 64, 64, masked=False).name == "cudnn"
+    interface = ModuleType("flash_attn.flash_attn_interface")
+    interface._flash_attn_forward, interface._flash_attn_backward = forward, backward  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    q, k, v, g = (rand(2, 3 if i else 6, 5, 8, seed=i) for i in range(4))
+    g = rand(2, 6, 5, 8, seed=3)
+    for causal in (True, False):
+        results = []
+        for kernel in ("flash_attn", "plain"):
+            options = {"causal": causal, "scale": 0.4}
+            out, lse = tile_forward(kernel, q, k, v, None, **options)
+            grads = tile_backward(kernel, g, q, k, v, out, lse, None, **options)
+            results.append([out, lse, *grads])
+        for a, b in zip(*results, strict=True):
+            assert distance(a, b) < RELATIVE[torch.float64]
+    monkeypatch.setattr("megatree.functional.flash_attn_package.installed", lambda: True)
+    old = {"masked": False, "capability": (8, 0)}
+    assert choose_tile_kernel("cuda", torch.bfloat16, 64, 64, **old).name == "flash_attn"
+
+
+def test_a_tile_kernel_that_cannot_is_refused_by_name() -> None:
+    half = [x.to(torch.bfloat16) for x in operands(2, 3, torch.float64)]
+    for kernel, error in (
+        ("flash", r"kernel 'flash' runs on cuda, not on cpu\. Use kernel='auto'"),
+        ("cpu_flash", r"kernel 'cpu_flash' has no dropout by key, the rate is 0\.1"),
+    ):
+        options = {"dropout": 0.1, "key": KEY} if kernel == "cpu_flash" else {}
+        with pytest.raises(ValueError, match=error):
+            F.attention(*half, kernel=kernel, **options)
+    chosen = choose_tile_kernel("cuda", torch.bfloat16, 100, 100, masked=False)
+    assert chosen.name == "plain"
+    assert "flash needs a head_dim divisible by 8, at most 256, not 100" in chosen.why
+
+
 KEY = torch.tensor(5)
 
 
@@ -185,8 +306,14 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"dropout": 0.1}, r"attention: dropout of rate 0\.1 has no key\. Give key="),
     ({"dropout": 1.0, "key": KEY}, r"attention: dropout rate is 1\.0\. Give a rate in"),
-    ({"kernel": "flash"}, r"no kernel 'flash'\. Kernels are auto, reference, sdpa"),
+    ({"kernel": "fast"}, r"no kernel 'fast'\. Kernels are auto, reference, sdpa"),
     ({"window": 0}, r"attention: window is 0 tokens\. Give at least 1, or None"),
+    ({"window": 7}, r"attention: window is 7 tokens, axis 'seq' has 6\. Give at most 6, or None"),
+    (
+        {"segment_ids": torch.tensor([0, 1, 1, 0, 2, 2])},
+        r"attention: segment ids fall from 1 to 0 at token 3 of axis 'seq'\. Number the documents",
+    ),
+    ({"source_segment_ids": DOCUMENTS}, "source_segment_ids without segment_ids"),
     ({"source_positions": torch.arange(6)}, "source_positions without positions"),
 ]
 

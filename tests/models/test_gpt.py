@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatree.functional.chain import Chain
+from megatree.functional.documents import positions_of
 from megatree.functional.param import init
 from megatree.models.gpt import GPTConfig, _finish, gpt
 from tests.tolerances import RELATIVE, distance
@@ -62,21 +63,18 @@ def test_a_config_that_cannot_be_is_refused(fields: dict[str, Any], error: str) 
 
 
 @pytest.mark.parametrize("fields", [{}, LEARNED])
-def test_a_permuted_batch_gives_permuted_logits_and_the_same_loss(fields: dict[str, Any]) -> None:
-    """Zigzag context parallelism is a permutation of the batch and its positions."""
+def test_documents_side_by_side_give_the_logits_of_each_alone(fields: dict[str, Any]) -> None:
+    """Attention that looks into the document before, or positions that count on, would show."""
     model, params = build(**fields)
-    logits, loss = run(model, params)
-    order = torch.tensor([4, 1, 5, 0, 3, 2])
-    tokens = TOKENS[0]
-    moved, same = run(
-        model,
-        params,
-        tokens=tokens[:, :-1][:, order],
-        labels=tokens[:, 1:][:, order],
-        positions=order,
+    tokens = TOKENS[0, :, :-1]
+    segments = torch.tensor([0, 0, 1, 1, 1, 1]).expand(tokens.shape)
+    packed, _ = run(
+        model, params, tokens=tokens, segments=segments, positions=positions_of(segments)
     )
-    assert distance(moved, logits[:, order]) < RELATIVE[torch.float64]
-    assert abs(same - loss) < RELATIVE[torch.float64] * loss
+    for part in (slice(0, 2), slice(2, 6)):
+        alone, _ = run(model, params, tokens=tokens[:, part], labels=tokens[:, part],
+                       weights=torch.ones_like(tokens[:, part]).double())  # fmt: skip
+        assert distance(packed[:, part], alone) < RELATIVE[torch.float64]
 
 
 @pytest.mark.parametrize("fields", [{}, LEARNED])

@@ -114,7 +114,13 @@ def like(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Type zeros_like and such: laid out like the operand, the same on all other axes."""
     x = args[0]
     meta = plain_call(func, args, kwargs)
-    ty = make_type(tuple(meta.shape), meta.dtype, x.type_.spec, tracer.mesh_sizes)
+    ty = make_type(
+        tuple(meta.shape),
+        meta.dtype,
+        x.type_.spec,
+        tracer.mesh_sizes,
+        permuted=x.type_.permuted,
+    )
     return tracer.emit(func, args, kwargs, [ty], [meta], op=name)
 
 
@@ -122,7 +128,12 @@ def detach(tracer: "Tracer", name: str, func: Any, args: Any, kwargs: Any) -> An
     """Type detach: the same value without a gradient, so R becomes I."""
     x = args[0]
     ty = make_type(
-        x.type_.shape, x.type_.dtype, x.type_.spec, tracer.mesh_sizes, kinds=dict(x.type_.kinds)
+        x.type_.shape,
+        x.type_.dtype,
+        x.type_.spec,
+        tracer.mesh_sizes,
+        kinds=dict(x.type_.kinds),
+        permuted=x.type_.permuted,
     )
     return tracer.emit(func, args, kwargs, [ty], [x.plain], op=name)
 
