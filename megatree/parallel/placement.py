@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatree.parallel.errors import ShardingError
+from megatree.parallel.schedule.grid import grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +56,18 @@ class Placement:
         layers = sum(is_layer)
         per_stage = self._per_stage(layers, num_stages)
         if len(per_stage) != num_stages:
+            short = len(per_stage) < num_stages
+            marks = [(s, 0) for s in range(*sorted((len(per_stage), num_stages)))]
+            rows = (*per_stage, *(0 for _ in marks)) if short else per_stage
             raise ShardingError(
                 f"placement: has {len(per_stage)} stages, the schedule {num_stages}. "
-                "Give both the same number."
+                f"Give both the same number.\n{_grid(rows, marks)}"
             )
         if sum(per_stage) != layers:
+            marks = _beyond(per_stage, layers)
             raise ShardingError(
                 f"placement: {per_stage} places {sum(per_stage)} layers, the model has {layers}. "
-                "Make the counts add up."
+                f"Make the counts add up.\n{_grid(per_stage, marks)}"
             )
         stage_of = [stage for stage, count in enumerate(per_stage) for _ in range(count)]
         out: list[int] = []
@@ -91,8 +96,25 @@ class Placement:
         even[0] -= self.embed_layers
         even[-1] -= self.head_layers
         if min(even) < 0 or (count > layers and not self.embed_layers + self.head_layers):
+            empty = [(stage, 0) for stage, n in enumerate(even) if n <= 0]
             raise ShardingError(
                 f"placement: {layers} layers over {count} stages leaves a stage without layers "
-                f"({even}). Use at most {layers} stages, or give layers_per_stage."
+                f"({even}). Use at most {layers} stages, or give layers_per_stage.\n"
+                f"{_grid(even, empty)}"
             )
         return tuple(even)
+
+
+def _beyond(per_stage: Sequence[int], layers: int) -> list[tuple[int, int]]:
+    """Return the (stage, place) of layers that the model lacks, or where more should be."""
+    cells = [(stage, place) for stage, n in enumerate(per_stage) for place in range(n)]
+    return cells[layers:] or [(len(per_stage) - 1, per_stage[-1])]
+
+
+def _grid(per_stage: Sequence[int], marked: Sequence[tuple[int, int]]) -> str:
+    """Print the layers of every stage, some cells marked."""
+    rows, first = [], 0
+    for count in per_stage:
+        rows.append([f"layer {first + n}" for n in range(max(count, 0))])
+        first += max(count, 0)
+    return grid(rows, marked, label="stage")

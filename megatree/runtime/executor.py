@@ -1,30 +1,33 @@
 """Run a schedule on one rank: forwards, backwards and messages in one global order."""
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from megatree.parallel.layout import PIPELINE
 from megatree.parallel.model import ModelProgram
-from megatree.parallel.schedule import Action, Recv, Schedule, Send, rank_programs
+from megatree.parallel.schedule import Action, Event, Recv, Schedule, Send, rank_programs, validate
 from megatree.parallel.split import weight_gradient
-from megatree.parallel.types import ShardType
 from megatree.runtime.forward import BoundModel, Deferred, TermKey
 from megatree.runtime.leaves import Leaves
+from megatree.runtime.stages import Stage, stages_of
 
-Message = tuple[str, int, int]
 
+@dataclass(frozen=True)
+class Outputs:
+    """What a rank's stages compute of one microbatch, beside gradients.
 
-@dataclass
-class _Live:
-    """What a stage keeps of a microbatch between its forward and its backward."""
+    Args:
+        sums: (unit, number, term) -> local sum.
+        metrics: (unit, number, name) -> local value.
+    """
 
-    carry_in: tuple[Tensor, ...]
-    roots: list[Tensor]
-    seeds: list[Tensor | None]
-    deferred: list[Deferred]
+    sums: dict[TermKey, Tensor] = field(default_factory=dict)
+    metrics: dict[TermKey, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -38,75 +41,95 @@ class Executor:
 
     bound: BoundModel
     leaves: Leaves
-    _programs: dict[Schedule, tuple[tuple[object, ...], ...]] = field(default_factory=dict)
+    _programs: dict[Schedule, tuple[tuple[Event, ...], ...]] = field(default_factory=dict)
 
     @property
     def program(self) -> ModelProgram:
         """The lowered model."""
         return self.bound.program
 
+    @cached_property
+    def stages(self) -> dict[int, Stage]:
+        """This rank's stages, by number."""
+        return stages_of(self.program, self.bound.comm.coords.get(PIPELINE, 0))
+
     def run(
         self,
         schedule: Schedule,
         consts: Sequence[Mapping[str, Tensor]],
         weights: Mapping[TermKey, Tensor],
-    ) -> list[dict[TermKey, Tensor]]:
+        *,
+        scale: float = 1.0,
+    ) -> list[Outputs]:
         """Run all microbatches forward and backward; gradients go into the leaves' buffers.
 
         Args:
             schedule: for this mesh and number of microbatches.
             consts: per microbatch.
             weights: what each term's sum is divided by.
+            scale: multiplies all gradients.
 
         Returns:
-            Per microbatch the local sums of the terms that this rank's stages have.
+            Per microbatch what this rank's stages compute.
+
+        Raises:
+            ValueError: the schedule breaks a law (see `validate`).
         """
         if schedule not in self._programs:
+            validate(schedule)
             self._programs = {schedule: rank_programs(schedule)}
         rank = self.bound.comm.coords.get(PIPELINE, 0)
-        step = _Step(self, consts, weights, defer=schedule.splits)
+        step = _Step(self, consts, weights, scale, defer=schedule.splits)
         for event in self._programs[schedule][rank]:
             if isinstance(event, Action):
                 step.act(event)
             elif isinstance(event, Send):
                 step.send(event)
             else:
-                assert isinstance(event, Recv)
                 step.recv(event)
         step.close()
-        return step.sums
+        return step.outputs
 
-    def evaluate(self, consts: Mapping[str, Tensor]) -> dict[TermKey, Tensor]:
-        """Run one microbatch forward through all stages, without gradients.
 
-        Returns:
-            The local sums of the terms that this rank's stages have.
-        """
-        comm, program = self.bound.comm, self.program
-        rank, stages = comm.coords.get(PIPELINE, 0), program.stage_rank
-        sums: dict[TermKey, Tensor] = {}
-        carry: tuple[Tensor, ...] = ()
-        sending: list[Callable[[], None]] = []
-        for stage, holder in enumerate(stages):
-            if holder != rank:
-                continue
-            if stage and stages[stage - 1] != rank:
-                carry = tuple(
-                    comm.recv_async(
-                        ty.local_shape(program.layout.sizes), ty.dtype, PIPELINE, stages[stage - 1]
-                    )()
-                    for ty in program.carry_types(stage - 1)
-                )
-            out = self.bound.run(program.entries(stage), self.leaves.of, carry, consts)
-            sums.update(out.sums)
-            carry = out.carry
-            if stage + 1 < len(stages) and stages[stage + 1] != rank:
-                sending += [
-                    comm.send_async(x.contiguous(), PIPELINE, stages[stage + 1]) for x in carry
-                ]
-        for wait in sending:
-            wait()
-        return sums
+@dataclass
+class _Live:
+    """What a stage keeps of a microbatch between its forward and its backward.
+
+    `flows` says of every gradient that comes back whether the carry that left needs it.
+    """
+
+    carry_in: tuple[Tensor, ...]
+    flows: list[bool]
+    roots: list[Tensor]
+    seeds: list[Tensor]
+    deferred: list[Deferred]
+
+
+@dataclass
+class _Arrival:
+    """A receive that is posted, and how many sends to that rank were posted before it."""
+
+    event: Recv
+    waits: list[Callable[[], Tensor]]
+    num_sent: int
+
+
+class _Channel:
+    """This rank's sends to another: their tensors live until they are known to have left."""
+
+    def __init__(self) -> None:
+        self.num_sent = self.num_done = 0
+        self.waits: deque[Callable[[], None]] = deque()
+
+    def add(self, wait: Callable[[], None]) -> None:
+        self.waits.append(wait)
+        self.num_sent += 1
+
+    def finish(self, until: int) -> None:
+        """Wait for the first `until` sends; the other rank has posted their receives."""
+        while self.num_done < until:
+            self.waits.popleft()()
+            self.num_done += 1
 
 
 class _Step:
@@ -117,133 +140,152 @@ class _Step:
         executor: Executor,
         consts: Sequence[Mapping[str, Tensor]],
         weights: Mapping[TermKey, Tensor],
+        scale: float,
         *,
         defer: bool,
     ) -> None:
         self.defer = defer
-        self.queued: dict[tuple[int, int], list[tuple[Deferred, Tensor, Tensor]]] = {}
+        self.queued: dict[Action, list[tuple[Deferred, Tensor, Tensor]]] = {}
         self.bound, self.leaves = executor.bound, executor.leaves
-        self.program, self.comm = executor.program, executor.bound.comm
-        self.consts, self.weights = consts, weights
-        self.sums: list[dict[TermKey, Tensor]] = [{} for _ in consts]
+        self.comm, self.stages = executor.bound.comm, executor.stages
+        self.consts = consts
+        self.seeds = {key: scale / weight for key, weight in weights.items()}
+        self.outputs = [Outputs() for _ in consts]
         self.live: dict[tuple[int, int], _Live] = {}
-        self.outbox: dict[Message, tuple[Tensor, ...]] = {}
-        self.inbox: dict[Message, list[Callable[[], Tensor]]] = {}
-        self.sending: list[Callable[[], None]] = []
-        self.last = len(self.program.stage_rank) - 1
+        self.outbox: dict[Action, tuple[Tensor, ...]] = {}
+        self.inbox: dict[Action, _Arrival] = {}
+        self.channels: dict[int, _Channel] = {}
 
     def act(self, action: Action) -> None:
         if action.kind == "F":
-            self.forward(action.stage, action.microbatch)
+            self.forward(action)
         elif action.kind == "B":
-            self.backward(action.stage, action.microbatch)
+            self.backward(action)
         else:
-            self.weights_of(action.stage, action.microbatch)
+            self.weights_of(action)
 
-    def forward(self, stage: int, microbatch: int) -> None:
+    def forward(self, action: Action) -> None:
+        _, number, microbatch = action
+        stage = self.stages[number]
         carry_in: tuple[Tensor, ...] = ()
-        if stage > 0:
-            types = self.program.carry_types(stage - 1)
-            received = self._take(("F", stage, microbatch))
+        if number > 0:
             carry_in = tuple(
-                x.detach().requires_grad_(ty.grad) for x, ty in zip(received, types, strict=True)
+                x.detach().requires_grad_(grad)
+                for x, grad in zip(self._take(action), stage.takes_grad, strict=True)
             )
         out = self.bound.run(
-            self.program.entries(stage),
+            stage.entries,
             self.leaves.of,
             carry_in,
             self.consts[microbatch],
             defer=self.defer,
+            keep=self.leaves.keep,
+            again=self.leaves.again,
         )
-        self.sums[microbatch].update({key: x.detach() for key, x in out.sums.items()})
-        roots = list(out.sums.values())
-        seeds: list[Tensor | None] = [
-            (1.0 / self.weights[key]).to(x.dtype) for key, x in out.sums.items()
-        ]
-        if stage < self.last:
-            self.outbox["F", stage + 1, microbatch] = tuple(x.detach() for x in out.carry)
-            flowing = [x for x in out.carry if x.requires_grad]
-            roots, seeds = [*flowing, *roots], [*(None for _ in flowing), *seeds]
-        self.live[stage, microbatch] = _Live(carry_in, roots, seeds, out.deferred)
+        outputs = self.outputs[microbatch]
+        outputs.metrics.update(out.metrics)
+        flows: list[bool] = []
+        roots: list[Tensor] = []
+        if not stage.is_last:
+            self.outbox[Action("F", number + 1, microbatch)] = tuple(x.detach() for x in out.carry)
+            leaving = [x for x, g in zip(out.carry, stage.gives_grad, strict=True) if g]
+            flows = [x.requires_grad for x in leaving]
+            roots = [x for x in leaving if x.requires_grad]
+        seeds: list[Tensor] = []
+        for key, total in out.sums.items():
+            outputs.sums[key] = total.detach()
+            roots.append(total)
+            seeds.append(self.seeds[key].to(total.dtype))
+        self.live[number, microbatch] = _Live(carry_in, flows, roots, seeds, out.deferred)
 
-    def backward(self, stage: int, microbatch: int) -> None:
-        live = self.live.pop((stage, microbatch))
-        if stage < self.last:
-            cotangents = self._take(("B", stage, microbatch))
-            live.seeds[: len(cotangents)] = cotangents
+    def backward(self, action: Action) -> None:
+        _, number, microbatch = action
+        live = self.live.pop((number, microbatch))
+        seeds = live.seeds
+        if not self.stages[number].is_last:
+            arrived = zip(self._take(action), live.flows, strict=True)
+            seeds = [*(g for g, flows in arrived if flows), *seeds]
         flowing = [x for x in live.carry_in if x.requires_grad]
         if self.defer:
-            grads = self.backward_inputs(stage, microbatch, live, flowing)
+            grads = self.backward_inputs(action, live, flowing, seeds)
         else:
             if live.roots:
-                torch.autograd.backward(live.roots, live.seeds)
+                torch.autograd.backward(live.roots, seeds)
             grads = [x.grad for x in flowing]
-        if stage > 0:
-            self.outbox["B", stage - 1, microbatch] = tuple(
+        if number > 0:
+            self.outbox[Action("B", number - 1, microbatch)] = tuple(
                 torch.zeros_like(x) if g is None else g for x, g in zip(flowing, grads, strict=True)
             )
 
     def backward_inputs(
-        self, stage: int, microbatch: int, live: _Live, flowing: list[Tensor]
+        self, action: Action, live: _Live, flowing: list[Tensor], seeds: list[Tensor]
     ) -> list[Tensor | None]:
         """Run a backward that leaves products' weights for `weights_of`; return the carry's."""
-        deferred = {id(product.weight) for product in live.deferred}
-        entries = self.program.entries(stage)
-        leaves = {id(w): w for name, index, _ in entries for w in self.leaves.of[name, index]}
-        others = [w for key, w in leaves.items() if key not in deferred]
+        deferred = {product.weight for product in live.deferred}
+        entries = [(name, index) for name, index, _ in self.stages[action.stage].entries]
+        others = self.leaves.inputs(entries, without=deferred)
         slots = [slot for product in live.deferred for slot in product.slots]
-        inputs = [*flowing, *others, *slots]
+        inputs = [*flowing, *others.values(), *slots]
         grads: list[Tensor | None] = [None] * len(inputs)
         if live.roots:
-            grads = list(torch.autograd.grad(live.roots, inputs, live.seeds, allow_unused=True))
-        for w, g in zip(others, grads[len(flowing) :], strict=False):
+            grads = list(torch.autograd.grad(live.roots, inputs, seeds, allow_unused=True))
+        first = len(flowing) + len(others)
+        for key, g in zip(others, grads[len(flowing) : first], strict=True):
             if g is not None:
-                self.leaves.add(w, g)
-        filled = grads[len(flowing) + len(others) :]
-        self.queued[stage, microbatch] = [
+                self.leaves.add(key, g)
+        self.queued[action._replace(kind="W")] = [
             (product, x.detach(), g)
-            for product, x, g in zip(live.deferred, filled[::2], filled[1::2], strict=True)
+            for product, x, g in zip(
+                live.deferred, grads[first::2], grads[first + 1 :: 2], strict=True
+            )
             if x is not None and g is not None
         ]
         return grads[: len(flowing)]
 
     @torch.no_grad()
-    def weights_of(self, stage: int, microbatch: int) -> None:
+    def weights_of(self, action: Action) -> None:
         """Compute the weight gradients that a backward left, and add them."""
-        totals: dict[int, tuple[Tensor, Tensor]] = {}
-        for item, x, g in self.queued.pop((stage, microbatch)):
+        totals: dict[tuple[str, int | None], Tensor] = {}
+        entries: dict[tuple[str, int | None], set[tuple[str, int | None]]] = {}
+        for item, x, g in self.queued.pop(action):
             grad = weight_gradient(item.product, x, g)
-            key = id(item.weight)
-            totals[key] = (item.weight, totals[key][1] + grad if key in totals else grad)
-        for weight, grad in totals.values():
-            self.leaves.add(weight, grad)
+            totals[item.weight] = totals[item.weight] + grad if item.weight in totals else grad
+            entries.setdefault(item.weight, set()).add(item.entry)
+        for key, grad in totals.items():
+            self.leaves.add(key, grad, arrivals=len(entries[key]))
 
     def send(self, event: Send) -> None:
+        channel = self.channels.setdefault(event.to_rank, _Channel())
+        comm = self.comm.at(_named(event.message))
         for x in self.outbox.pop(event.message):
-            self.sending.append(self.comm.send_async(x.contiguous(), PIPELINE, event.to_rank))
+            channel.add(comm.send_async(x.contiguous(), PIPELINE, event.to_rank))
 
     def recv(self, event: Recv) -> None:
-        self.inbox[event.message] = [
-            self.comm.recv_async(
-                ty.local_shape(self.program.layout.sizes), ty.dtype, PIPELINE, event.from_rank
-            )
-            for ty in self._message_types(event.message)
-        ]
+        message, source = event.message, event.from_rank
+        stage = self.stages[message.stage]
+        parts = stage.enters if message.kind == "F" else stage.cotangents
+        channel = self.channels.setdefault(source, _Channel())
+        comm = self.comm.at(_named(message))
+        waits = [comm.recv_async(*part, PIPELINE, source) for part in parts]
+        self.inbox[message] = _Arrival(event, waits, channel.num_sent)
 
-    def _message_types(self, message: Message) -> list[ShardType]:
-        kind, stage, _ = message
-        if kind == "F":
-            return list(self.program.carry_types(stage - 1))
-        return [ty for ty in self.program.carry_types(stage) if ty.grad]
-
-    def _take(self, message: Message) -> tuple[Tensor, ...]:
+    def _take(self, message: Action) -> tuple[Tensor, ...]:
         """Return what another stage has made: from a message, or from this rank's own outbox."""
-        if message in self.inbox:
-            return tuple(wait() for wait in self.inbox.pop(message))
-        return self.outbox.pop(message)
+        arrival = self.inbox.pop(message, None)
+        if arrival is None:
+            return self.outbox.pop(message)
+        got = tuple(wait() for wait in arrival.waits)
+        # All ranks post their messages in one order, so the source has posted what was before.
+        self.channels[arrival.event.from_rank].finish(arrival.num_sent)
+        return got
 
     def close(self) -> None:
-        for wait in self.sending:
-            wait()
+        for channel in self.channels.values():
+            channel.finish(channel.num_sent)
         left = [*self.live, *self.inbox, *self.outbox, *self.queued]
         assert not left, f"the schedule left work behind: {left}"
+
+
+def _named(message: Action) -> str:
+    what = "input" if message.kind == "F" else "cotangent"
+    return f"{what} of stage {message.stage}, microbatch {message.microbatch}"

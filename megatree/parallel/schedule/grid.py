@@ -5,7 +5,12 @@ from collections.abc import Sequence
 ROWS, COLUMNS = 8, 9
 
 
-def grid(rows: Sequence[Sequence[object]], marked: Sequence[tuple[int, int]] = ()) -> str:
+def grid(
+    rows: Sequence[Sequence[object]],
+    marked: Sequence[tuple[int, int]] = (),
+    *,
+    label: str = "rank",
+) -> str:
     """Return the rows around marked cells, which stand in brackets.
 
     At most 8 rows of 9 cells are shown, marked rows first, each around its own first mark.
@@ -13,6 +18,7 @@ def grid(rows: Sequence[Sequence[object]], marked: Sequence[tuple[int, int]] = (
     Args:
         rows: per rank, its cells.
         marked: (rank, place) of cells; a place at a row's end marks that something is missing.
+        label: what a row is.
 
     >>> print(grid([["F0.0", "B0.0"], ["F1.0", "B1.0"]], [(1, 1)]))
       rank 0 |  F0.0   B0.0
@@ -35,7 +41,7 @@ def grid(rows: Sequence[Sequence[object]], marked: Sequence[tuple[int, int]] = (
             for n, name in enumerate(names)
         ]
         line = " ".join(["..."] * (first > 0) + cells + ["..."] * more)
-        lines.append(f"  rank {rank:{len(str(len(rows) - 1))}} | {line}".rstrip())
+        lines.append(f"  {label} {rank:{len(str(len(rows) - 1))}} | {line}".rstrip())
     lines += ["  ..."] if shown and shown[-1] < len(rows) - 1 else []
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from megatree.parallel.schedule.action import Action, Schedule, check_counts
 from megatree.parallel.schedule.fill_drain import one_f_one_b
+from megatree.parallel.schedule.grid import grid
 
 
 def interleaved(
@@ -68,7 +69,7 @@ def _check_group(p: int, m: int, group: int) -> None:
     if m < p:
         raise ValueError(
             f"interleaved: {m} microbatches for {p} ranks. Use at least {p} microbatches, "
-            f"or one_f_one_b, which takes any count."
+            f"or one_f_one_b, which takes any count.\n{_groups(m, p, [(0, m)])}"
         )
     if not p <= group <= m:
         problem = f"a group of {group} microbatches is outside {p} (ranks)..{m} (microbatches)"
@@ -79,7 +80,18 @@ def _check_group(p: int, m: int, group: int) -> None:
         )
     # The whole step as one group always fits, so the first search ends.
     other = min((g for g in range(p, m + 1) if _fits(p, m, g)), key=lambda g: abs(g - group))
-    raise ValueError(f"interleaved: {problem}. {_fix(p, m, group, other)}")
+    full, rest = divmod(m, group) if p <= group <= m else (0, m)
+    marked = [(full, rest)] if group <= m else [(0, m)]
+    if group < p:
+        marked = [(0, n) for n in range(group, p)]
+    picture = _groups(m, max(group, p), marked)
+    raise ValueError(f"interleaved: {problem}. {_fix(p, m, group, other)}\n{picture}")
+
+
+def _groups(m: int, group: int, marked: list[tuple[int, int]]) -> str:
+    """Print the microbatches in their groups, one a row, and mark what is wrong."""
+    rows = [range(first, min(first + group, m)) for first in range(0, m, group)]
+    return grid(rows, marked, label="group")
 
 
 def _fix(p: int, m: int, group: int, other: int) -> str:

@@ -82,3 +82,8 @@ def test_plot_without_matplotlib_says_what_to_install(
     with pytest.raises(ImportError, match=r"plot: matplotlib is not installed. Run `pip install"):
         plot(timeline(gpipe(2, 2)), tmp_path / "timeline.png")
     assert not (tmp_path / "timeline.png").exists()
+
+
+def test_the_readmes_timeline_is_what_draw_prints() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    assert f"```\n{draw(timeline(zero_bubble_h1(4, 8)))}\n```" in readme

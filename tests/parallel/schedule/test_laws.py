@@ -159,22 +159,28 @@ def test_fewer_microbatches_than_ranks_still_beat_1f1b() -> None:
         (
             (4, 6, 2),
             "interleaved: 6 microbatches in groups of 4 leave a last group of 2, smaller than 4 "
-            "ranks. Set group=6, or use 8 microbatches.",
+            "ranks. Set group=6, or use 8 microbatches.\n"
+            "  group 0 |  0   1   2   3\n"
+            "  group 1 |  4   5  [?]",
         ),
         (
             (4, 3, 2),
             "interleaved: 3 microbatches for 4 ranks. Use at least 4 microbatches, or one_f_one_b, "
-            "which takes any count.",
+            "which takes any count.\n"
+            "  group 0 |  0   1   2  [?]",
         ),
         (
             (4, 8, 2, 3),
             "interleaved: a group of 3 microbatches is outside 4 (ranks)..8 (microbatches). "
-            "Set group=4.",
+            "Set group=4.\n"
+            "  group 0 |  0   1   2  [3]\n"
+            "  group 1 |  4   5   6   7",
         ),
         (
             (4, 6, 2, 7),
             "interleaved: a group of 7 microbatches is outside 4 (ranks)..6 (microbatches). "
-            "Set group=6, or use 7 microbatches.",
+            "Set group=6, or use 7 microbatches.\n"
+            "  group 0 |  0   1   2   3   4   5  [?]",
         ),
         ((4, 8, 0), "interleaved: 0 virtual stages. Give at least 1."),
     ],
@@ -195,7 +201,7 @@ def test_the_fix_that_interleaved_names_works() -> None:
                     continue
                 with pytest.raises(ValueError, match="Set group=") as error:
                     interleaved(p, m, 2, group)
-                fix = str(error.value).split("Set group=")[1]
+                fix = str(error.value).split("\n")[0].split("Set group=")[1]
                 interleaved(p, m, 2, int(fix.split(",")[0].rstrip(".")))
                 if "or use" in fix:
                     interleaved(p, int(fix.split("or use ")[1].split()[0]), 2, group)
