@@ -14,8 +14,8 @@ from benchmarks.pairs import Pairs, interleave, report, spread
 from megatree.models.gpt import GPTConfig, gpt
 from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.mesh import Mesh
-from megatree.runtime.adamw import adamw
 from megatree.runtime.collectives import ProcessComm
+from megatree.runtime.optimizers import adamw
 from megatree.runtime.processes import launch
 from megatree.runtime.step import TrainStep, train_step
 

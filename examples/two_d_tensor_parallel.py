@@ -1,11 +1,10 @@
 """Two-dimensional tensor parallelism, by rules alone.
 
 Both dims of every weight are cut, over a 2 x 2 mesh: `ffn` over x, `embed` over y. The first
-product
-then sums over y and the second over x; `shard` finishes each sum where the model says so, and the
-gradients' collectives follow. The model does not know: with other rules the same source is plain
-(Megatron) tensor parallelism, which moves other bytes and gives the same numbers. The table shows
-what each layout moves.
+product then sums over y and the second over x; `shard` finishes each sum where the model says so,
+and the gradients' collectives follow. The model does not know: with other rules the same source is
+plain (Megatron) tensor parallelism, which moves other bytes and gives the same numbers. The table
+shows what each layout moves.
 """
 
 import torch

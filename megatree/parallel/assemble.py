@@ -54,6 +54,7 @@ def assemble(
         if not distance <= rtol * first.double().norm() + 1e-300:
             raise SimulationError(
                 f"{place}: {ty} should be the same over {same}, but the copy at {key} differs from "
-                f"the first by {distance:.3g} of {first.double().norm():.3g}."
+                f"the first by {distance:.3g} of {first.double().norm():.3g}. Make it the same in "
+                "the body (psum, all_gather), or declare it cut or partial there."
             )
     return first

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BodyCall:
-    """One collective of a body or an op: kind, mesh axes, bytes of one rank's operand, phase."""
+    """One collective of a body or an op, with the bytes of one rank's larger side."""
 
     kind: str
     axes: Axes
@@ -90,8 +90,9 @@ class ShapeComm(RankComm):
         return torch.empty_like(x)
 
     def all_gather(self, x: Tensor, axes: Axes, dim: int) -> Tensor:
-        self._note("all_gather", x, axes)
-        return torch.cat([x] * self.size(axes), dim)
+        whole = torch.cat([x] * self.size(axes), dim)
+        self._note("all_gather", whole, axes)
+        return whole
 
     def psum_scatter(self, x: Tensor, axes: Axes, dim: int) -> Tensor:
         self._note("psum_scatter", x, axes)
@@ -207,6 +208,18 @@ def _check_operands(
                 f"{place}: operand {i} is {x.type_}, declared {axes!r} = {want}. "
                 f"shard(x, {axes!r}) it first."
             )
+        if x.type_.permuted != tracer.layout.permuted(names):
+            raise ShardingError(
+                f"{place}: operand {i} is {x.type_}, declared {axes!r}, which has another order. "
+                f"shard(x, {axes!r}) it first."
+            )
+        if x.type_.permuted and not spec.any_order:
+            name = names[x.type_.permuted[0]]
+            raise ShardingError(
+                f"{place}: operand {i} ({x.type_}) has axis {name!r} in zigzag order, and the body "
+                "may look at its neighbours. Promise local_map(..., any_order=True), or "
+                f"shard(x, ...) with an axis there that has no order."
+            )
     named = [*spec.over]
     for out in spec.out_axes:
         named += [*out.partial, *out.replicated, *(n for n in out.axes.split() if n != "_")]
@@ -241,7 +254,7 @@ def _try_body(
     except Exception as error:
         shapes = [list(x.type_.local_shape(tracer.mesh_sizes)) for x in operands]
         raise ShardingError(
-            f"{place}: the body failed at local shapes {shapes}: {error}. "
+            f"{place}: the body failed at local shapes {shapes}: {str(error).rstrip('.')}. "
             "Fix the body, or declare static=False if its shapes depend on data."
         ) from error
     finally:
@@ -299,4 +312,7 @@ def _output_type(
             "in Out(partial=...) or in Out(replicated=...)."
         )
     grad = out.grad and dtype.is_floating_point and any(x.type_.grad for x in operands)
-    return make_type(shape, dtype, spec, tracer.mesh_sizes, kinds=kinds, grad=grad)
+    permuted = tracer.layout.permuted(names)
+    return make_type(
+        shape, dtype, spec, tracer.mesh_sizes, kinds=kinds, grad=grad, permuted=permuted
+    )

@@ -89,6 +89,7 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 def _call(node: fx.Node, comm: RankComm, names: Any, spell: Any, constant: Any) -> str:
     if node.target is operator.getitem and isinstance(node.args[1], int):
         return f"{spell(node.args[0])}[{node.args[1]}]"
+    comm = comm.at(node.meta.get("source", ""))
     if node.target is move:
         x, src, dst = move_args(node)
         steps, dual = plan_move(src, dst), plan_move(dst.dual, src.dual)

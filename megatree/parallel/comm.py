@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatree.parallel.order import Ranges, natural_ranges
 from megatree.parallel.transitions import Step, plan_move
 from megatree.parallel.types import ShardType
 
@@ -22,6 +23,10 @@ class RankComm:
     sizes: Mapping[str, int]
     coords: Mapping[str, int]
     device: Any  # torch.device, which type checkers take for a descriptor
+
+    def at(self, source: str) -> "RankComm":
+        """Return the comm for calls of a line of the user's program, see `runtime.recorded`."""
+        return self
 
     def size(self, axes: Axes) -> int:
         n = 1
@@ -59,6 +64,11 @@ class RankComm:
     def ppermute(self, x: Tensor, axes: Axes, shift: int) -> Tensor:
         raise NotImplementedError
 
+    def ppermute_async(self, x: Tensor, axes: Axes, shift: int) -> Callable[[], Tensor]:
+        """Start `ppermute`; `x` may not be written before the returned function has waited."""
+        y = self.ppermute(x, axes, shift)
+        return lambda: y
+
     def prepare_members(self, axis: str, members: tuple[int, ...]) -> None:
         """Set up the group of some coordinates of one axis; every rank calls it alike."""
 
@@ -83,6 +93,16 @@ class RankComm:
         """Start summing `x` in place; the returned function waits for the result."""
         x.copy_(self.psum(x, axes))
         return lambda: None
+
+    def psum_scatter_async(self, x: Tensor, axes: Axes) -> Callable[[], Tensor]:
+        """Start `psum_scatter` along dim 0; the returned function waits for this rank's piece."""
+        piece = self.psum_scatter(x, axes, 0)
+        return lambda: piece
+
+    def all_gather_async(self, x: Tensor, axes: Axes) -> Callable[[], Tensor]:
+        """Start `all_gather` along dim 0; the returned function waits for the whole."""
+        whole = self.all_gather(x, axes, 0)
+        return lambda: whole
 
 
 class OneDevice(RankComm):
@@ -160,6 +180,7 @@ class BodyComm:
 
     def __init__(self, comm: RankComm, table: Mapping[str, Axes]) -> None:
         self.comm, self.table = comm, table
+        self.chunks: Mapping[str, int] = getattr(table, "chunks", {})
 
     def axes(self, axis: str) -> Axes:
         try:
@@ -175,6 +196,11 @@ class BodyComm:
 
     def axis_index(self, axis: str) -> int:
         return self.comm.index(self.axes(axis))
+
+    def ranges(self, axis: str, length: int, index: int | None = None) -> Ranges:
+        at = self.axis_index(axis) if index is None else index
+        size, chunks = length * self.axis_size(axis), self.chunks.get(axis, 1)
+        return natural_ranges(size, chunks, at * length, (at + 1) * length)
 
     def _run(self, fn: Callable[..., Tensor], x: Tensor, axis: str, *args: Any) -> Tensor:
         axes = self.axes(axis)
@@ -207,6 +233,12 @@ class BodyComm:
 
     def ppermute(self, x: Tensor, axis: str, shift: int) -> Tensor:
         return self._run(ppermute, x, axis, shift)
+
+    def ppermute_async(self, x: Tensor, axis: str, shift: int) -> Callable[[], Tensor]:
+        axes = self.axes(axis)
+        if not axes:
+            return lambda: x
+        return self.comm.ppermute_async(x.detach().contiguous(), axes, shift)
 
 
 def run_steps(comm: RankComm, x: Tensor, steps: tuple[Step, ...]) -> Tensor:

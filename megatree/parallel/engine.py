@@ -15,11 +15,13 @@ class Inference:
         replicate: per operand, the mesh axes over which it goes from I to R.
         specs: per output, what cuts each dim.
         kinds: state of the outputs on the mesh axes that cut none of their dims.
+        permuted: per output, the dims that lie in the layout's order.
     """
 
     replicate: tuple[frozenset[str], ...]
     specs: tuple[tuple[tuple[str, ...], ...], ...]
     kinds: Mapping[str, str]
+    permuted: tuple[tuple[int, ...], ...] = ()
 
 
 class Refusal(Exception):  # noqa: N818 (an answer of the engine, not a failure)
@@ -30,7 +32,13 @@ class Refusal(Exception):  # noqa: N818 (an answer of the engine, not a failure)
         self.why, self.fix, self.pending = why, fix, pending
 
 
-def infer(sig: Signature, operands: Sequence[ShardType], mesh_axes: Iterable[str]) -> Inference:
+def infer(
+    sig: Signature,
+    operands: Sequence[ShardType],
+    mesh_axes: Iterable[str],
+    *,
+    any_order: bool = False,
+) -> Inference:
     """Type an op from its signature and its operands' types.
 
     Per mesh axis: if it cuts a label, operands with that label must agree, operands without it go
@@ -42,6 +50,7 @@ def infer(sig: Signature, operands: Sequence[ShardType], mesh_axes: Iterable[str
         sig: the op's signature, with as many operands as given.
         operands: the operands' types.
         mesh_axes: the mesh axes larger than 1, in mesh order.
+        any_order: whether the op gives the same for any order of the elements of whole dims.
 
     Raises:
         Refusal: the operands' types do not allow the op.
@@ -104,7 +113,43 @@ def infer(sig: Signature, operands: Sequence[ShardType], mesh_axes: Iterable[str
         tuple(cuts.get(label, ()) if label is not None else () for label in labels)
         for labels in sig.outputs
     )
-    return Inference(tuple(map(frozenset, replicate)), specs, kinds)
+    ordered = _permuted(sig, operands, any_order=any_order)
+    permuted = tuple(
+        tuple(d for d, label in enumerate(labels) if label in ordered) for labels in sig.outputs
+    )
+    return Inference(tuple(map(frozenset, replicate)), specs, kinds, permuted)
+
+
+def _permuted(
+    sig: Signature, operands: Sequence[ShardType], *, any_order: bool
+) -> frozenset[Label]:
+    """Return the labels whose elements lie in the layout's order; operands must agree."""
+    if not any(ty.permuted for ty in operands):
+        return frozenset()
+    order: dict[Label, tuple[bool, int]] = {}
+    for i, (labels, ty) in enumerate(zip(sig.operands, operands, strict=True)):
+        for dim, label in enumerate(labels):
+            mine = dim in ty.permuted
+            if mine and (label is None or (label in sig.whole and not any_order)):
+                raise Refusal(
+                    f"operand {i} ({ty}) is in zigzag order on dim {dim}, and the op looks at the "
+                    "order of that dim",
+                    "Insert shard(x, ...) with a whole axis there (of a name that has no order)",
+                )
+            if label is None:
+                continue
+            known, first = order.setdefault(label, (mine, i))
+            if known != mine:
+                raise Refusal(
+                    f"dim {label!r} is in {_order_name(known)} order in operand {first} "
+                    f"({operands[first]}) and in {_order_name(mine)} order in operand {i} ({ty})",
+                    "Lay both out alike with shard(x, ...)",
+                )
+    return frozenset(label for label, (permuted, _) in order.items() if permuted)
+
+
+def _order_name(permuted: bool) -> str:
+    return "zigzag" if permuted else "natural"
 
 
 def _cuts(sig: Signature, operands: Sequence[ShardType]) -> dict[str, tuple[str, ...]]:

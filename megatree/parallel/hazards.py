@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatree.parallel.errors import ShardingError
+from megatree.parallel.errors import ShardingError, StrayValueError
 from megatree.parallel.sources import inside_autograd_function, user_line
 from megatree.parallel.typed import TypedTensor, map_structure
 
@@ -98,6 +98,8 @@ def check(
     Raises:
         ShardingError: the message names the line, the hazard and the fix.
     """
+    for x in operands:
+        refuse_stray(tracer, name, x)
     if not tracer.open or any(x.tracer is not tracer for x in operands):
         raise ShardingError(
             f"{user_line()}: {name}: a typed tensor is used outside the trace it belongs to "
@@ -109,7 +111,7 @@ def check(
         if inside_autograd_function():
             raise ShardingError(
                 f"{user_line()}: {name}: a torch.autograd.Function is applied to a typed "
-                f"tensor; its "
+                f"tensor{_type_of(operands)}; its "
                 'own backward would be lost. Declare the function that applies it with @op("...").'
             )
         changed = next(k for k in now if now[k] != tracer.contexts[k])
@@ -121,12 +123,14 @@ def check(
     if isinstance(func, torch._ops.OpOverload):
         raise ShardingError(
             f"{user_line()}: {name}: a torch.func transform (grad, vmap, jvp) is applied to a "
-            "typed tensor. Apply it to what is lowered, or inside an op or a local_map."
+            f"typed tensor{_type_of(operands)}. Apply it to what is lowered, or inside an "
+            "op or a local_map."
         )
     if func in _READS:
         raise ShardingError(
-            f"{user_line()}: {name}: a value flows into Python here, where every rank has only its "
-            "part. Use torch.where or a mask; data-dependent code belongs in a local_map."
+            f"{user_line()}: {name}: a value{_type_of(operands)} flows into Python here, where "
+            "every rank has only its part. Use torch.where or a mask; data-dependent code belongs "
+            "in a local_map."
         )
     raw = getattr(func, "__name__", "")
     if raw == "__set__":
@@ -142,7 +146,7 @@ def check(
     )
     if in_place or raw == "__setitem__" or (raw.endswith("_") and not raw.endswith("__")):
         raise ShardingError(
-            f"{user_line()}: {raw}: an in-place write to a typed tensor. "
+            f"{user_line()}: {raw}: an in-place write to a typed tensor{_type_of(operands)}. "
             "Write the out-of-place form (x = x + y, torch.where)."
         )
     for option in ("out", "inplace"):
@@ -152,10 +156,30 @@ def check(
             )
     if operands and _moves_device(raw, args, kwargs):
         raise ShardingError(
-            f"{user_line()}: {name}: moves a typed tensor to a device. Lowered programs run on the "
-            "rank's device; drop the device argument."
+            f"{user_line()}: {name}: moves a typed tensor{_type_of(operands)} to a device. Lowered "
+            "programs run on the rank's device; drop the device argument."
         )
     _refuse_plain(name, args, kwargs, operands)
+
+
+def _type_of(operands: list[TypedTensor]) -> str:
+    return f" ({operands[0].type_})" if operands else ""
+
+
+def refuse_stray(tracer: "Tracer", name: str, x: TypedTensor) -> None:
+    """Refuse a value that a segment of a chain has kept from another segment.
+
+    Raises:
+        StrayValueError: a cut may lie between the two, and only the carry crosses it.
+    """
+    if x.tracer is tracer or not (tracer.open and tracer.unit and x.tracer.unit):
+        return
+    raise StrayValueError(
+        f"{tracer.unit}: {name} at {user_line()} uses a value of {x.tracer.unit} (made at "
+        f"{x.node.meta['source']}) that is not in the carry; only the carry crosses a cut. Return "
+        "it in the carry of every segment in between, or compute it in the chain's consts.",
+        x.tracer.unit,
+    )
 
 
 def _moves_device(raw: str, args: Any, kwargs: Any) -> bool:

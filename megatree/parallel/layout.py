@@ -4,13 +4,17 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from megatree.functional.param import Array, Box, Param
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.mesh import Mesh
+from megatree.parallel.order import Zigzag
 from megatree.parallel.placement import Placement
-from megatree.parallel.schedule import Schedule, one_f_one_b
+from megatree.parallel.remat import Remat
+from megatree.parallel.schedule import Schedule, one_f_one_b, validate
+from megatree.parallel.schedule.grid import grid
+from megatree.parallel.storage import LEVELS, Storage
 
 PIPELINE = "pp"
 """The mesh axis over which stages are placed; it never enters a type."""
@@ -20,23 +24,46 @@ PIPELINE = "pp"
 class Rules:
     """Logical axis -> the mesh axes that cut it, outer to inner; axes without a rule stay whole.
 
-    `Rules(batch="dp", seq_res=("cp", "tp"), ffn="tp")`.
+    `Rules(batch="dp", seq_res=("cp", "tp"), ffn="tp")`. `lower={"attention": Ring()}` says how an
+    op runs whose operands the rules cut where it looks across (see `parallel.context`).
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...]
+    lower: tuple[tuple[str, Any], ...] = ()
 
-    def __init__(self, **rules: str | tuple[str, ...] | None) -> None:
+    def __init__(
+        self,
+        *,
+        lower: Any = None,
+        **rules: str | tuple[str, ...] | None,
+    ) -> None:
         def axes(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
             return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
+        for name, how in (lower or {}).items():
+            if not callable(getattr(how, "applies", None)):
+                raise ShardingError(
+                    f"rules: lower[{name!r}] is {how!r}, which lowers nothing. "
+                    "Give AllGather(), Ring(), Ulysses() or Hierarchical(...)."
+                )
         object.__setattr__(self, "table", tuple(sorted((k, axes(v)) for k, v in rules.items())))
+        object.__setattr__(self, "lower", tuple(sorted((lower or {}).items())))
 
-    def updated(self, **rules: str | tuple[str, ...] | None) -> "Rules":
+    def updated(
+        self,
+        *,
+        lower: Any = None,
+        **rules: str | tuple[str, ...] | None,
+    ) -> "Rules":
         """Return the rules with some replaced or added."""
-        return Rules(**{**dict(self.table), **rules})
+        return Rules(
+            lower={**dict(self.lower), **(lower or {})},
+            **{**dict(self.table), **rules},
+        )
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} -> {' '.join(axes) or 'whole'}" for name, axes in self.table)
+        rules = [f"{name} -> {' '.join(axes) or 'whole'}" for name, axes in self.table]
+        return ", ".join([*rules, *(f"{op} by {how}" for op, how in self.lower)])
 
 
 @dataclass(frozen=True)
@@ -49,12 +76,18 @@ class Layout:
         placement: which stage runs which layer, if the mesh has a pipeline axis "pp"; None spreads
             the layers evenly over the schedule's stages.
         schedule: with "pp", a schedule or a function (ranks, microbatches) -> schedule.
+        storage: mesh axes that cut parameters, gradients and optimizer state between uses.
+        order: of the elements of cut sequences; None for the natural one.
+        remat: what layers keep for the backward, and what that computes again.
     """
 
     mesh: Mesh = Mesh()  # noqa: RUF009 (frozen)
     rules: Rules = Rules()
     placement: Placement | None = None
     schedule: Schedule | Callable[[int, int], Schedule] | None = None
+    storage: Storage = Storage()  # noqa: RUF009 (frozen)
+    order: Zigzag | None = None
+    remat: Remat = Remat()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         if PIPELINE in self.mesh.sizes and self.schedule is None:
@@ -62,6 +95,10 @@ class Layout:
                 f"layout: the mesh has pp={self.mesh.sizes[PIPELINE]} and no schedule. "
                 "Give one, for example Layout(mesh, rules, schedule=one_f_one_b)."
             )
+        if isinstance(self.schedule, Schedule):
+            validate(self.schedule)
+            if self.schedule.num_ranks != self.num_stage_ranks:
+                self._refuse_counts(self.schedule, self.schedule.num_microbatches)
         for name, axes in self.rules.table:
             try:
                 cut = self.axes(name)
@@ -77,6 +114,46 @@ class Layout:
                     f"rules: {name!r} -> {axes} uses a mesh axis twice ({' '.join(cut)}). "
                     "Name each mesh axis once."
                 )
+        self._check_order()
+        if PIPELINE in self.stored.opt:
+            raise ShardingError(
+                f"storage: {self.storage}: a pipeline rank holds its own layers already. "
+                "Take pp out of the storage."
+            )
+
+    def _check_order(self) -> None:
+        if self.order is None:
+            return
+        over = self.mesh.axes(self.order.over)
+        for name in self.order.axes:
+            cut = self.axes(name)
+            if cut and over and cut[: len(over)] != over:
+                raise ShardingError(
+                    f"order: {self.order}: axis {name!r} is cut over {' '.join(cut)}. Map it to "
+                    f"{self.order.over!r} first in rules, or take it out of the order's axes."
+                )
+
+    @property
+    def num_chunks(self) -> int:
+        """The number of chunks of an ordered sequence: two per rank; 1 for natural order."""
+        over = () if self.order is None else self.mesh.axes(self.order.over)
+        return 2 * math.prod(self.sizes[a] for a in over) if over else 1
+
+    def permuted(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        """Return the dims of an array that lie in the layout's order."""
+        if self.order is None or self.num_chunks == 1:
+            return ()
+        return tuple(d for d, n in enumerate(names) if n in self.order.axes and self.axes(n))
+
+    @property
+    def stored(self) -> Storage:
+        """The storage in atomic mesh axes larger than 1."""
+        return Storage(
+            *(
+                tuple(a for axis in getattr(self.storage, level) for a in self.mesh.axes(axis))
+                for level in LEVELS
+            )
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -99,13 +176,24 @@ class Layout:
             return one_f_one_b(1, num_microbatches)
         if not isinstance(self.schedule, Schedule):
             return self.schedule(ranks, num_microbatches)
-        found = (self.schedule.num_ranks, self.schedule.num_microbatches)
-        if found != (ranks, num_microbatches):
-            raise ShardingError(
-                f"schedule: is for {found[0]} ranks and {found[1]} microbatches, the mesh has "
-                f"pp={ranks} and the step {num_microbatches}. Give a schedule of that size."
-            )
+        if self.schedule.num_microbatches != num_microbatches:
+            self._refuse_counts(self.schedule, num_microbatches)
         return self.schedule
+
+    def _refuse_counts(self, schedule: Schedule, num_microbatches: int) -> NoReturn:
+        """Mark what a fixed schedule lacks, or has too much, for this mesh and step."""
+        ranks = self.num_stage_ranks
+        lacking = range(schedule.num_ranks, ranks)
+        rows = [*schedule.ranks, *(() for _ in lacking)]
+        marks = [(rank, 0) for rank in (*lacking, *range(ranks, schedule.num_ranks))]
+        for rank, row in enumerate(schedule.ranks) if not marks else ():
+            extra = [n for n, action in enumerate(row) if action.microbatch >= num_microbatches]
+            marks.append((rank, extra[0] if extra else len(row)))
+        raise ShardingError(
+            f"schedule: is for {schedule.num_ranks} ranks and {schedule.num_microbatches} "
+            f"microbatches, the mesh has pp={ranks} and the step {num_microbatches}. "
+            f"Give a schedule of that size.\n{grid(rows, marks)}"
+        )
 
     @property
     def stage_rank(self) -> tuple[int, ...]:
@@ -131,6 +219,14 @@ class Layout:
         """
         spec = tuple(self.axes(name) for name in names)
         check_spec(spec, names, shape, self.sizes, place)
+        for dim in self.permuted(names):
+            if shape[dim] % self.num_chunks:
+                raise ShardingError(
+                    f"{place}: dim {dim} ({names[dim]!r}, size {shape[dim]}) does not divide into "
+                    f"{self.num_chunks} zigzag chunks (two per rank of {self.order.over!r}). Pad "  # type: ignore[union-attr]
+                    f"{names[dim]!r} to {-(-shape[dim] // self.num_chunks) * self.num_chunks}, or "
+                    "leave the order natural: Layout(order=None)."
+                )
         return spec
 
     def box(
@@ -155,7 +251,9 @@ class Layout:
             )
 
     def __str__(self) -> str:
-        return f"{self.mesh}; {self.rules}"
+        order = f"; {self.order}" if self.order else ""
+        remat = f"; remat {self.remat}" if self.remat else ""
+        return f"{self.mesh}; {self.rules}{order}{remat}"
 
 
 def check_spec(

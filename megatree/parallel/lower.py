@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from megatree.functional.param import Array, Param, padded_shape
 from megatree.functional.tree import flatten_with_paths, path_name
 from megatree.parallel.errors import ShardingError
+from megatree.parallel.hazards import refuse_stray
 from megatree.parallel.layout import Layout
 from megatree.parallel.peephole import localise_iotas
 from megatree.parallel.program import Program
@@ -109,7 +110,7 @@ def trace(
     with Tracing(tracer):
         out = fn(*optree.tree_unflatten(in_tree, inputs))
         flat, out_tree = optree.tree_flatten(out)
-        flat = [tracer.finish(_check_output(fn, x)) for x in flat]
+        flat = [tracer.finish(_check_output(fn, x, tracer)) for x in flat]
     tracer.open = False
     tracer.graph.output(tuple(x.node for x in flat))
     push_up(tracer.graph)
@@ -155,12 +156,19 @@ def add_input(
     leaf_dtype = leaf.dtype or dtype
     learned = isinstance(leaf, Param) and leaf_dtype.is_floating_point
     grad = learned or (isinstance(leaf, Array) and leaf.grad)
-    ty = make_type(shape, leaf_dtype, spec, tracer.mesh_sizes, grad=grad)
+    permuted = tracer.layout.permuted(leaf.names)
+    if permuted and isinstance(leaf, Param):
+        raise ShardingError(
+            f"{name}: the Param {leaf.axes!r} has an axis in the layout's {tracer.layout.order}. "
+            "Give its axis another name."
+        )
+    ty = make_type(shape, leaf_dtype, spec, tracer.mesh_sizes, grad=grad, permuted=permuted)
     return tracer.placeholder(name, ty, leaf.names, leaf=learned)
 
 
-def _check_output(fn: Callable[..., Any], x: Any) -> TypedTensor:
+def _check_output(fn: Callable[..., Any], x: Any, tracer: Tracer) -> TypedTensor:
     if isinstance(x, TypedTensor):
+        refuse_stray(tracer, "return", x)
         return x
     kind = f"a plain tensor {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
     raise ShardingError(

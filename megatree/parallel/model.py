@@ -1,9 +1,10 @@
 """Lower a whole model: one program per segment and block kind, with one sync per leaf."""
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import optree
@@ -13,11 +14,13 @@ from torch import fx
 from megatree.functional.chain import Chain, Segment, Stack
 from megatree.functional.param import Array, Param, padded_shape, unstacked
 from megatree.functional.tree import flatten_with_names, path_name
-from megatree.parallel.errors import ShardingError
+from megatree.parallel.errors import ShardingError, StrayValueError
 from megatree.parallel.layout import Layout
 from megatree.parallel.lower import Traced, trace
+from megatree.parallel.nodes import op_names
 from megatree.parallel.placement import Placement
 from megatree.parallel.program import Program
+from megatree.parallel.schedule.grid import grid
 from megatree.parallel.tracer import Tracer
 from megatree.parallel.types import ShardType
 
@@ -89,8 +92,15 @@ class ModelProgram:
         return tuple(sorted(ranks))
 
     def carry_types(self, stage: int) -> tuple[ShardType, ...]:
-        """Return the types of the flat carry that a stage hands on."""
-        unit = self.units[self.entries(stage)[-1][0]]
+        """Return the types of the flat carry that a stage hands on; one without layers passes it
+        on.
+        """
+        before = [
+            name for (name, _, _), s in zip(self.order, self.stages, strict=True) if s <= stage
+        ]
+        if not before:
+            return ()
+        unit = self.units[before[-1]]
         return unit.program.out_types[: unit.num_carry]
 
     def programs(self) -> Iterator[Program]:
@@ -126,35 +136,30 @@ def lower_model(model: Chain, layout: Layout) -> ModelProgram:
     consts, const_names = _lower_consts(model, layout)
     const_types = dict(zip(const_names, consts.out_types, strict=True))
     traces: dict[str, tuple[Traced, dict[str, str]]] = {}
-    order: list[tuple[str, int | None, int]] = []
+    order, stages = _placed(model, layout)
     carry: Any = None
     for name, segment in model.segments.items():
         if isinstance(segment, Stack):
             stack, carry = _trace_stack(model, layout, name, segment, carry, const_types)
             traces.update(stack)
-            order += [
-                (f"{name}.{kind}", index, number)
-                for number, (kind, index) in enumerate(segment.layers())
-            ]
         else:
             traces[name], carry = _trace_segment(model, layout, name, segment, carry, const_types)
-            order.append((name, None, 0))
     sync = _union_of_needs(traces)
     units = {name: _finish(name, *traced, sync) for name, traced in traces.items()}
     used = consts.axis_names.union(
         *(u.program.axis_names for u in units.values()), *(a.names for a in model.batch.values())
     )
     layout.check_names(set(used))
-    stage_rank = layout.stage_rank
-    is_layer = [index is not None for _, index, _ in order]
-    stages = (layout.placement or Placement()).stages(is_layer, len(stage_rank))
+    _assert_cuts(order, units)
+    layers = {name for name, index, _ in order if index is not None}
+    layout.remat.check_ops({op for name in layers for op in op_names(units[name].program.graph)})
     return ModelProgram(
         model=model,
         layout=layout,
         consts=consts,
         const_names=const_names,
         units=units,
-        order=tuple(order),
+        order=order,
         sync={
             path: unit.program.sync[f"w.{local}"]
             for unit in units.values()
@@ -166,8 +171,54 @@ def lower_model(model: Chain, layout: Layout) -> ModelProgram:
             for local, path in unit.leaves.items()
         },
         stages=stages,
-        stage_rank=stage_rank,
+        stage_rank=layout.stage_rank,
     )
+
+
+def _placed(
+    model: Chain, layout: Layout
+) -> tuple[tuple[tuple[str, int | None, int], ...], tuple[int, ...]]:
+    """Return the links of the chain in execution order, and the stage of each."""
+    order: list[tuple[str, int | None, int]] = []
+    for name, segment in model.segments.items():
+        if isinstance(segment, Stack):
+            order += [
+                (f"{name}.{kind}", index, number)
+                for number, (kind, index) in enumerate(segment.layers())
+            ]
+        else:
+            order.append((name, None, 0))
+    is_layer = [index is not None for _, index, _ in order]
+    stages = (layout.placement or Placement()).stages(is_layer, len(layout.stage_rank))
+    return tuple(order), stages
+
+
+def _assert_cuts(order: Sequence[tuple[str, int | None, int]], units: Mapping[str, Unit]) -> None:
+    """Check that wherever a cut may lie, what leaves is what enters: I, R and P included.
+
+    A gradient may be taken on one side alone: of a leaf that no parameter has reached yet.
+    """
+    for (left, _, _), (right, _, _) in pairwise(order):
+        gives = units[left].program.out_types[: units[left].num_carry]
+        takes = [ty for name, ty in units[right].program.types.items() if _is_carry(name)]
+        assert [replace(ty, grad=True) for ty in gives] == [
+            replace(ty, grad=True) for ty in takes
+        ], f"{left} -> {right}: {gives} -> {takes}"
+
+
+def _is_carry(name: str) -> bool:
+    return name.split(".")[0] == "carry"
+
+
+def _marked(model: Chain, layout: Layout, units: Sequence[str]) -> str:
+    """Print the stages with their links, those of some units marked."""
+    order, stages = _placed(model, layout)
+    rows: list[list[str]] = [[] for _ in range(1 + max(stages))]
+    marks: dict[str, tuple[int, int]] = {}
+    for (name, index, number), stage in zip(order, stages, strict=True):
+        marks.setdefault(name, (stage, len(rows[stage])))
+        rows[stage].append(name if index is None else f"{name} {number}")
+    return grid(rows, [marks[unit] for unit in units if unit in marks], label="stage")
 
 
 def _lower_consts(model: Chain, layout: Layout) -> tuple[Program, tuple[str, ...]]:
@@ -178,7 +229,8 @@ def _lower_consts(model: Chain, layout: Layout) -> tuple[Program, tuple[str, ...
         names.extend(sorted(table))
         return tuple(table[name] for name in names)
 
-    traced = trace(consts, layout, dict(model.batch), sizes=model.sizes)
+    tracer = Tracer(layout, unit="consts")
+    traced = trace(consts, layout, dict(model.batch), sizes=model.sizes, tracer=tracer)
     return traced.finish(), tuple(names)
 
 
@@ -221,10 +273,13 @@ def _trace_segment(
         leaves[local] = path
     apply = partial(_call, segment.apply, model.cfg)
     apply.__name__ = name  # type: ignore[attr-defined]
-    tracer = Tracer(layout, _unpadded_sizes(model))
-    traced = trace(
-        apply, layout, w, carry, dict(consts), sizes=model.sizes, dtype=model.dtype, tracer=tracer
-    )
+    tracer = Tracer(layout, _unpadded_sizes(model), unit=name)
+    inputs = w, carry, dict(consts)
+    try:
+        traced = trace(apply, layout, *inputs, sizes=model.sizes, dtype=model.dtype, tracer=tracer)
+    except StrayValueError as stray:
+        text = f"{stray}\n{_marked(model, layout, (stray.maker, name))}"
+        raise ShardingError(text) from None
     after, _ = optree.tree_unflatten(traced.out_tree, list(traced.out_types))
     return (traced, {local: leaves[local] for local in flatten_with_names(w)[0]}), after
 
@@ -268,8 +323,8 @@ def _check_fixed_point(unit: str, before: Any, after: Any) -> None:
     for name, a, b in zip(names, old, optree.tree_leaves(after), strict=True):
         if (a.shape, a.dtype, a.spec, a.kinds) != (b.shape, b.dtype, b.spec, b.kinds):
             raise ShardingError(
-                f"{unit}: the carry {name} enters as {a} and leaves as {b}. End the block with "
-                "shard(x, ...) over the axes it began with, in its dtype."
+                f"{unit}: the carry{name and f' {name}'} enters as {a} and leaves as {b}. End the "
+                "block with shard(x, ...) over the axes it began with, in its dtype."
             )
 
 
@@ -305,7 +360,7 @@ def _finish(
         if set(found) != {0, 1} or any(ty.shape for ty in types):
             raise ShardingError(
                 f"{name}: term {term!r} is {', '.join(map(str, types))}. A term is a pair "
-                "(sum, weight) of scalars."
+                "(sum, weight) of scalars. Sum both over the batch: (loss.sum(), weight.sum())."
             )
         if not types[0].grad:
             raise ShardingError(

@@ -27,3 +27,9 @@ def set_args(node: fx.Node, *args: Any) -> None:
 def call(graph: fx.Graph, target: Callable[..., Any], *args: Any) -> fx.Node:
     """Add a call to a graph."""
     return graph.call_function(target, args)
+
+
+def op_names(graph: fx.Graph) -> set[str]:
+    """Return the names of a graph's ops that are neither products nor transitions."""
+    calls = [n for n in graph.nodes if n.op == "call_function" and not is_move(n)]
+    return {n.meta["op"] for n in calls if not n.meta.get("product")}

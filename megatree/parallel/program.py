@@ -85,17 +85,7 @@ class Program:
         forward: list[Collective] = []
         backward: list[Collective] = []
         for node in self.graph.nodes:
-            source = node.meta.get("source", "")
-            if is_move(node):
-                _, src, dst = move_args(node)
-                forward += self._steps(plan_move(src, dst), src, source, "forward")
-                if src.grad:
-                    dual = plan_move(dst.dual, src.dual)
-                    backward += self._steps(dual, dst, source, "backward")
-            calls = [
-                Collective(source, call.kind, call.axes, call.bytes, call.phase)
-                for call in node.meta.get("calls", ())
-            ]
+            calls = self.collectives_of(node)
             forward += [call for call in calls if call.phase == "forward"]
             backward += [call for call in calls if call.phase == "backward"][::-1]
         sync = [
@@ -104,6 +94,21 @@ class Program:
             if axes
         ]
         return forward + backward[::-1] + sync
+
+    def collectives_of(self, node: fx.Node) -> list[Collective]:
+        """Return the collectives of one node, those of each phase in their order."""
+        source = node.meta.get("source", "")
+        out = [
+            Collective(source, call.kind, call.axes, call.bytes, call.phase)
+            for call in node.meta.get("calls", ())
+        ]
+        if is_move(node):
+            _, src, dst = move_args(node)
+            out += self._steps(plan_move(src, dst), src, source, "forward")
+            if src.grad:
+                dual = plan_move(dst.dual, src.dual)
+                out += self._steps(dual, dst, source, "backward")
+        return out
 
     @property
     def table_axes(self) -> set[tuple[str, ...]]:
@@ -165,6 +170,8 @@ class Program:
                 rows.append(f"  {role:<18} {node.meta['path']:<42} {node.meta['type']}")
             elif node.op == "call_function" and not _is_part(node):
                 rows.append(self._row(node))
+                if "note" in node.meta:
+                    rows.append(f"  {'':<18}   {node.meta['note']}")
         for axes in sorted(set(self.sync.values())):
             if axes:
                 leaves = ", ".join(path for path, over in self.sync.items() if over == axes)

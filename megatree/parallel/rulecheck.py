@@ -163,7 +163,9 @@ def _compare(
         error = (a.double() - expected).norm() / expected.norm().clamp_min(1e-30)
         if not error <= rtol:
             raise SimulationError(
-                f"{_blame(placement)} the {name} is off by {error:.3g} (relative L2)."
+                f"{_blame(placement)} the {name} is off by {error:.3g} (relative L2). "
+                "Mark a dim that the function looks along with ! in the signature, one that it "
+                "sums with +."
             )
 
 

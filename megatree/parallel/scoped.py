@@ -1,11 +1,34 @@
 """Graph targets that need the comm of the rank they run on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatree.parallel.comm import Axes, BodyComm, RankComm
+
+
+@dataclass(frozen=True)
+class Scope(Mapping[str, Axes]):
+    """The labels of an op: the mesh axes that cut each, and how many zigzag chunks it lies in.
+
+    Args:
+        table: label -> mesh axes.
+        chunks: label -> number of chunks, of labels that are not in natural order.
+    """
+
+    table: Mapping[str, Axes]
+    chunks: Mapping[str, int]
+
+    def __getitem__(self, label: str) -> Axes:
+        return self.table[label]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
 
 
 def scoped_op(

@@ -14,9 +14,10 @@ from megatree.parallel.assemble import assemble
 from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import Layout, cut
 from megatree.parallel.lower import lower
+from megatree.parallel.order import to_order
 from megatree.parallel.program import Program
 from megatree.parallel.threads import ThreadComm, Threads
-from megatree.parallel.types import I
+from megatree.parallel.types import I, ShardType
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,9 @@ def run_rank(
         cotangents: tree like the result, of whole cotangents; None: ones.
         whole: per input, whether it is the whole value, to be cut here; None: all are.
     """
-    sizes = program.mesh_sizes
+    sizes, chunks = program.mesh_sizes, program.layout.num_chunks
     mine = [
-        (cut(x, ty.spec, sizes, comm.coords) if is_whole else x)
+        (cut(to_order(x, ty.permuted, chunks), ty.spec, sizes, comm.coords) if is_whole else x)
         .detach()
         .clone()
         .requires_grad_(ty.grad)
@@ -147,7 +148,8 @@ def run_rank(
     for out, ty, seed in zip(outs, program.out_types, _seeds(program, cotangents), strict=True):
         if out.requires_grad and seed is not None:
             roots.append(out)
-            gs.append(cut(seed, ty.spec, sizes, comm.coords))
+            ordered = to_order(seed, ty.permuted, chunks)
+            gs.append(cut(ordered, ty.spec, sizes, comm.coords))
     if roots:
         torch.autograd.backward(roots, gs)
     grads: list[Tensor | None] = []
@@ -162,18 +164,21 @@ def assemble_results(
     program: Program, results: Sequence[RankResult], counts: dict[str, int], *, rtol: float
 ) -> Simulated:
     """Put all ranks' results and gradients together, checking that copies agree."""
-    sizes = program.mesh_sizes
+    sizes, chunks = program.mesh_sizes, program.layout.num_chunks
+
+    def whole(local: list[Tensor], ty: ShardType, place: str) -> Tensor:
+        joined = assemble(local, ty, sizes, place, rtol=rtol)
+        return to_order(joined, ty.permuted, chunks, inverse=True)
+
     value = [
-        assemble([r[0][i] for r in results], ty, sizes, f"result {i}", rtol=rtol)
+        whole([r[0][i] for r in results], ty, f"result {i}")
         for i, ty in enumerate(program.out_types)
     ]
     grads = [
-        assemble(
+        whole(
             [cast(Tensor, r[1][i]) for r in results],
             ty.with_kinds(dict.fromkeys(program.sync.get(path, ()), I)).dual,
-            sizes,
             f"gradient of {path}",
-            rtol=rtol,
         )
         if ty.grad
         else None

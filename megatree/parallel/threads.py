@@ -79,7 +79,10 @@ class Threads:
             places = [f"rank {r} waits in {w}" for r, w in sorted(self.waiting.items())]
             gone = sorted(set(range(len(self.points))) - set(self.waiting))
             places += [f"ranks {gone} have finished"] if gone else []
-            self.error = SimulationError(f"deadlock: {'; '.join(places)}.")
+            self.error = SimulationError(
+                f"deadlock: {'; '.join(places)}. Make the same collectives on every rank: mask a "
+                "value, never branch around one."
+            )
 
     def block(self, rank: int, what: str, ready: Callable[[], bool]) -> None:
         """Wait (lock held) until `ready`, or until another rank failed or all ranks wait."""

@@ -16,12 +16,15 @@ from megatree.functional.signature import Signature, parse
 from megatree.parallel import hazards
 from megatree.parallel.bodies import trace_body, try_locally
 from megatree.parallel.comm import move
+from megatree.parallel.context import DEFAULT
 from megatree.parallel.engine import Inference, Refusal, infer
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.layout import Layout, check_spec
 from megatree.parallel.ops import RULES
+from megatree.parallel.ops.order import ANY_ORDER
 from megatree.parallel.ops.rule import canonical
-from megatree.parallel.scoped import scoped_op
+from megatree.parallel.order import reorder
+from megatree.parallel.scoped import Scope, scoped_op
 from megatree.parallel.sources import user_line
 from megatree.parallel.typed import TypedTensor, map_structure, typed_leaves
 from megatree.parallel.types import I, P, R, S, ShardType, make_type
@@ -35,9 +38,13 @@ class Tracer:
     Args:
         layout: mesh and rules.
         sizes: axis name -> the size it must have wherever it is used.
+        unit: the segment of a chain that is traced, if it is one.
     """
 
-    def __init__(self, layout: Layout, sizes: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, layout: Layout, sizes: Mapping[str, int] | None = None, unit: str = ""
+    ) -> None:
+        self.unit = unit
         self.layout = layout
         self.mesh_sizes = layout.sizes
         self.graph = fx.Graph()
@@ -106,6 +113,17 @@ class Tracer:
         """Add a transition to another type of the same value."""
         return self.emit(move, (x, x.type_, dst), {}, [dst], [x.plain], op="move")
 
+    def in_order(self, x: TypedTensor, permuted: tuple[int, ...]) -> TypedTensor:
+        """Put whole dims into the layout's order, or back into natural order."""
+        for dim in sorted({*x.type_.permuted} ^ {*permuted}):
+            assert not x.type_.spec[dim], f"{x.type_}: dim {dim} is cut"
+            leaves = dim in x.type_.permuted
+            now = {*x.type_.permuted} ^ {dim}
+            ty = replace(x.type_, permuted=tuple(sorted(now)))
+            args = (x, dim, self.layout.num_chunks, leaves)
+            x = self.emit(reorder, args, {}, [ty], [x.plain], op="reorder")
+        return x
+
     def replicate(self, x: TypedTensor, axes: frozenset[str]) -> TypedTensor:
         """Return the value as R over the axes: free forward, a sum backward; once per value."""
         if not axes or not x.type_.grad:
@@ -128,6 +146,7 @@ class Tracer:
         evaluate: Callable[..., Any] | None = None,
         localise: Localise | None = None,
         comm_table: bool = False,
+        communicates: bool = False,
     ) -> Any:
         """Type a call by its signature, evaluate its shapes on meta tensors and emit it.
 
@@ -139,6 +158,7 @@ class Tracer:
             evaluate: what to call on whole meta tensors to learn the outputs' shapes; None: func.
             localise: rewrites global sizes in the arguments into local ones.
             comm_table: hand `func` the mesh axes of the signature's labels (see `scoped_op`).
+            communicates: whether `func` talks over labels that it does not own.
         """
         operands = typed_leaves((args, kwargs))
         inference = self.infer(name, sig, operands)
@@ -157,13 +177,8 @@ class Tracer:
             args, kwargs = localise(types, args, dict(kwargs))
         calls: list[Any] = []
         if comm_table:
-            table = {
-                label: axes
-                for labels, x in zip(sig.operands, operands, strict=True)
-                for label, axes in zip(labels, x.type_.spec, strict=True)
-                if label is not None
-            }
-            if any(table.get(label) for label in sig.own):
+            table = self.scope(sig, operands)
+            if communicates or any(table.get(label) for label in sig.own):
                 _, calls = try_locally(func, table, self.mesh_sizes, args, kwargs)
             args, func = (func, table, *args), scoped_op
         out = self.emit(func, args, kwargs, types, metas, op=name, single=single)
@@ -172,10 +187,26 @@ class Tracer:
         node.meta["product"] = sig if sig.product else None
         return out
 
+    def scope(self, sig: Signature, operands: Sequence[TypedTensor]) -> Scope:
+        """Return what a comm over the signature's labels must know."""
+        table, chunks = {}, {}
+        for labels, x in zip(sig.operands, operands, strict=True):
+            for dim, (label, axes) in enumerate(zip(labels, x.type_.spec, strict=True)):
+                if label is not None:
+                    table[label] = axes
+                    if dim in x.type_.permuted:
+                        chunks[label] = self.layout.num_chunks
+        return Scope(table, chunks)
+
     def infer(self, name: str, sig: Signature, operands: Sequence[TypedTensor]) -> Inference:
         """Type an op, or say where its operands come from and why it is refused."""
         try:
-            return infer(sig, [x.type_ for x in operands], self.mesh_sizes)
+            return infer(
+                sig,
+                [x.type_ for x in operands],
+                self.mesh_sizes,
+                any_order=name in ANY_ORDER,
+            )
         except Refusal as refusal:
             created = ""
             if refusal.pending is not None:
@@ -196,7 +227,7 @@ class Tracer:
         """Build the outputs' types from an inference and the meta tensors of the results."""
         grad = any(x.type_.grad for x in operands)
         types = []
-        for spec, meta in zip(inference.specs, metas, strict=True):
+        for spec, permuted, meta in zip(inference.specs, inference.permuted, metas, strict=True):
             shape = tuple(meta.shape)
             assert len(spec) == len(shape), (
                 f"{name}: signature gives {len(spec)} dims, result {shape}"
@@ -216,6 +247,7 @@ class Tracer:
                     self.mesh_sizes,
                     kinds=inference.kinds,
                     grad=grad and meta.is_floating_point(),
+                    permuted=permuted,
                 )
             )
         return types
@@ -223,21 +255,38 @@ class Tracer:
     def declared_op(self, rule: OpRule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Type and emit a call of a function declared with `op`."""
         operands = [x for x in args if isinstance(x, TypedTensor)]
+        names = [
+            name for name, x in zip(rule.operands, args, strict=False) if isinstance(x, TypedTensor)
+        ]
         if extra := [key for key, value in kwargs.items() if typed_leaves(value)]:
             raise ShardingError(
                 f"{user_line()}: {rule.name}: option {extra[0]!r} is a tensor, and options are "
                 "static. Make it an operand (before the * of the op's parameters)."
             )
         ranks = [x.dim() for x in operands]
-        text = rule.signature if isinstance(rule.signature, str) else rule.signature(ranks)
+        text = rule.text(ranks, names)
         try:
             sig = replace(parse(text, ranks, rule.linear), product=rule.product)
         except ValueError as error:
             raise ShardingError(f"{user_line()}: {rule.name}: {error}") from None
         evaluate = (lambda *a, **k: rule.fn(SINGLE, *a, **k)) if rule.comm else rule.fn
         return self.operation(
-            rule.name, rule.fn, args, kwargs, sig, evaluate=evaluate, comm_table=rule.comm
+            rule.name,
+            rule.fn,
+            args,
+            kwargs,
+            sig,
+            evaluate=evaluate,
+            comm_table=rule.comm,
+            communicates=rule.communicates,
         )
+
+    def lowered_op(self, rule: OpRule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Emit an op as the rules say it is lowered; as it is if they say nothing."""
+        how = dict(self.layout.rules.lower).get(rule.name, DEFAULT.get(rule.name))
+        if how is None:
+            return self.declared_op(rule, args, kwargs)
+        return how.lower(self, rule, args, kwargs)
 
     # -- annotations -------------------------------------------------------------------------
 
@@ -255,8 +304,29 @@ class Tracer:
         spec = self.layout.spec(names, x.type_.shape, place)
         ty = x.type_
         keep = dict.fromkeys(ty.axes_in(R), R)  # P and S end as I, R stays R
-        dst = make_type(ty.shape, ty.dtype, spec, self.mesh_sizes, kinds=keep, grad=ty.grad)
-        return x if dst == ty else self.move(x, dst)
+        permuted = self.layout.permuted(names)
+        if changed := {*ty.permuted} ^ {*permuted}:
+            whole = tuple(() if d in changed else axes for d, axes in enumerate(spec))
+            mid = make_type(
+                ty.shape,
+                ty.dtype,
+                whole,
+                self.mesh_sizes,
+                kinds=keep,
+                grad=ty.grad,
+                permuted=ty.permuted,
+            )
+            x = self.in_order(x if mid == ty else self.move(x, mid), permuted)
+        dst = make_type(
+            ty.shape,
+            ty.dtype,
+            spec,
+            self.mesh_sizes,
+            kinds=keep,
+            grad=ty.grad,
+            permuted=permuted,
+        )
+        return x if dst == x.type_ else self.move(x, dst)
 
     def as_partial(self, x: TypedTensor, axis: str) -> TypedTensor:
         """Turn I or R over the mesh axes of a logical axis into a pending sum."""
@@ -297,7 +367,7 @@ class Tracer:
         if hasattr(func, "local_map"):
             return trace_body(self, func.local_map, args)
         if hasattr(func, "rule"):
-            return self.declared_op(func.rule, args, kwargs)
+            return self.lowered_op(func.rule, args, kwargs)
         if rule is None:
             types = ", ".join(str(x.type_) for x in operands)
             raise ShardingError(

@@ -47,9 +47,9 @@ def plan_move(src: ShardType, dst: ShardType) -> tuple[Step, ...]:
     `move(x, src, dst)` is `move(g, dst.dual, src.dual)`.
 
     Raises:
-        AssertionError: the global shapes differ.
+        AssertionError: the global shapes differ, or the orders of dims.
     """
-    assert src.shape == dst.shape, f"{src} -> {dst}"
+    assert (src.shape, src.permuted) == (dst.shape, dst.permuted), f"{src} -> {dst}"
     current = [list(axes) for axes in src.spec]
     wanted = [list(axes) for axes in dst.spec]
     target = {axis: dim for dim, axes in enumerate(wanted) for axis in axes}

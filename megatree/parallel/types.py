@@ -28,6 +28,8 @@ class ShardType:
         spec: per dim, the mesh axes that cut it, outer to inner.
         kinds: (mesh axis, "I" | "R" | "P") of the mesh axes that cut no dim, in mesh order.
         grad: whether a gradient flows to the value; without one it is never R.
+        permuted: the dims whose elements lie in the layout's order (see `parallel.order`), not in
+            that of the whole value.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +37,7 @@ class ShardType:
     spec: tuple[tuple[str, ...], ...]
     kinds: tuple[tuple[str, str], ...]
     grad: bool = False
+    permuted: tuple[int, ...] = ()
 
     def state(self, axis: str) -> str:
         """Return "S", "I", "R" or "P" for a mesh axis."""
@@ -62,8 +65,8 @@ class ShardType:
 
     def __str__(self) -> str:
         dims = ", ".join(
-            f"{n}/{'.'.join(axes)}" if axes else str(n)
-            for n, axes in zip(self.shape, self.spec, strict=True)
+            f"{n}{'~' * (dim in self.permuted)}{'/' * bool(axes)}{'.'.join(axes)}"
+            for dim, (n, axes) in enumerate(zip(self.shape, self.spec, strict=True))
         )
         kinds = "".join(f" {kind}({axis})" for axis, kind in self.kinds if kind != I)
         return f"{str(self.dtype).removeprefix('torch.')}[{dims}]{kinds}"
@@ -77,6 +80,7 @@ def make_type(
     *,
     kinds: Mapping[str, str] | None = None,
     grad: bool = False,
+    permuted: tuple[int, ...] = (),
 ) -> ShardType:
     """Build a type; mesh axes that cut no dim and have no given kind are I, and R needs a
     gradient.
@@ -88,4 +92,4 @@ def make_type(
         for axis in sizes
         if axis not in used
     )
-    return ShardType(shape, dtype, spec, states, grad)
+    return ShardType(shape, dtype, spec, states, grad, permuted)

@@ -5,10 +5,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatree.models import GPTConfig
+from megatree.models.gpt_config import GPTConfig
+from megatree.recipes.checkpoint_config import CheckpointConfig
+from megatree.recipes.data_config import DataConfig
+from megatree.recipes.health_config import HealthConfig, LogConfig
+from megatree.recipes.optimizer_config import (
+    OptimizerConfig,
+    PrecisionConfig,
+    RampConfig,
+    RematConfig,
+    StorageConfig,
+)
 from megatree.recipes.words import did_you_mean
+from megatree.runtime.batch_ramp import BatchRamp
 
-Dtype = Literal["float32", "bfloat16", "float64"]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,20 +29,23 @@ class MeshConfig:
     Args:
         pp: pipeline ranks: each holds stages of layers.
         dp: data parallel ranks: each takes its rows of every microbatch.
+        cp: context parallel ranks: each takes its part of every sequence.
         tp: tensor parallel ranks: each holds its part of every weight matrix.
     """
 
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     tp: int = 1
 
     def __post_init__(self) -> None:
-        _positive("mesh", pp=self.pp, dp=self.dp, tp=self.tp)
+        _positive("mesh", pp=self.pp, dp=self.dp, cp=self.cp, tp=self.tp)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Mesh axis -> size; pp only if there is a pipeline."""
-        return ({"pp": self.pp} if self.pp > 1 else {}) | {"dp": self.dp, "tp": self.tp}
+        """Mesh axis -> size; pp and cp only if there is a pipeline or a cut sequence."""
+        every = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}
+        return {axis: n for axis, n in every.items() if n > 1 or axis in ("dp", "tp")}
 
     @property
     def num_ranks(self) -> int:
@@ -65,86 +79,37 @@ class PipelineConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """How attention runs over a cut sequence, where mesh.cp is more than 1.
+
+    Args:
+        attention: "all-gather" takes all keys and values at once, "ring" hands them round while
+            they are used, "all-to-all" gives each rank some heads of the whole sequence.
+        zigzag: give every rank an early and a late part of the sequence, so that a causal mask
+            leaves all of them the same work.
+    """
+
+    attention: Literal["all-gather", "ring", "all-to-all"] = "all-gather"
+    zigzag: bool = True
+
+
 def megatron_rules(*, sequence_parallel: bool = False) -> dict[str, tuple[str, ...]]:
-    """Return the usual rules: heads, feed-forward and vocabulary over tp, the batch over dp.
+    """Return the usual rules: heads, feed-forward and vocabulary over tp, the batch over dp, the
+    sequence over cp.
 
     Args:
         sequence_parallel: cut the residual stream along the sequence over tp as well.
     """
     return {
         "batch": ("dp",),
-        "seq_res": ("tp",) if sequence_parallel else (),
+        "seq": ("cp",),
+        "seq_res": ("cp", "tp") if sequence_parallel else ("cp",),
         "kv_heads": ("tp",),
         "group": (),
         "ffn": ("tp",),
         "vocab": ("tp",),
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The text and its tokenizer.
-
-    Args:
-        text: "demo" for the novels inside the package, or a file: .jsonl (a document per line, in
-            "text") or .txt (one document); either may end in .xz.
-        tokenizer: "demo" for the 512 entries inside the package, or a tokenizer.json, or a folder
-            with vocab.json and merges.txt.
-        eod: the entry that ends a document.
-        valid_fraction: share of the documents that is held out for evaluation.
-    """
-
-    text: str = ""
-    tokenizer: str = ""
-    eod: str = "<|endoftext|>"
-    valid_fraction: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.valid_fraction < 1.0:
-            raise ValueError(
-                f"data.valid_fraction: {self.valid_fraction} is not a share. Use one in [0, 1)."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW, and its learning rate: linear warm-up, then half a cosine down to the least.
-
-    Args:
-        lr: learning rate after the warm-up.
-        min_lr: learning rate that the last steps come down to.
-        warmup_steps: steps of the warm-up.
-        betas: decay of the first and second moment.
-        eps: added to the root of the second moment.
-        weight_decay: times lr, taken off the matrices.
-        clip: largest global norm of the gradients; None leaves them.
-    """
-
-    lr: float
-    min_lr: float = 0.0
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.min_lr <= self.lr:
-            raise ValueError(
-                f"optimizer.min_lr: {self.min_lr} is not between 0 and optimizer.lr {self.lr}. "
-                f"Set optimizer.min_lr to at most {self.lr}."
-            )
-        if self.warmup_steps < 0 or self.weight_decay < 0 or self.eps <= 0:
-            raise ValueError(
-                f"optimizer: warmup_steps {self.warmup_steps} and weight_decay {self.weight_decay} "
-                f"must be at least 0, eps {self.eps} above 0. Correct the sign."
-            )
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"optimizer.betas: {self.betas} are not decays. Use two in [0, 1).")
-        if self.clip is not None and self.clip <= 0.0:
-            raise ValueError(
-                f"optimizer.clip: no norm is below {self.clip}. Use a positive one, or None."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +120,11 @@ class TrainConfig:
         steps: optimizer steps, those before a resume included.
         global_batch: sequences per step.
         microbatch: sequences that go through the model at once, over all dp ranks.
-        seed: of weights, dropout and the order of samples.
+        seed: of weights and dropout; that of the order of samples is data.seed.
         log_every: steps between progress lines.
         eval_every: steps between evaluations; 0 for none.
         eval_samples: held-out sequences per evaluation, always the same ones.
+        ramp: how global_batch is reached by steps.
     """
 
     steps: int
@@ -168,6 +134,7 @@ class TrainConfig:
     log_every: int = 1
     eval_every: int = 0
     eval_samples: int = 0
+    ramp: RampConfig = field(default_factory=RampConfig)
 
     def __post_init__(self) -> None:
         _positive(
@@ -186,11 +153,17 @@ class TrainConfig:
             )
         self._divides("global_batch")
         self._divides("eval_samples")
+        self.batches.check(self.microbatch)
         if self.eval_every and not self.eval_samples:
             raise ValueError(
                 f"train.eval_samples: 0, but train.eval_every is {self.eval_every}. "
                 f"Set train.eval_samples to {self.microbatch}, or train.eval_every to 0."
             )
+
+    @property
+    def batches(self) -> BatchRamp:
+        """The global batch as a function of the samples consumed."""
+        return self.ramp.resolve(self.global_batch)
 
     def _divides(self, name: str) -> None:
         size, part = getattr(self, name), self.microbatch
@@ -203,33 +176,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Where a run is kept, and from where it goes on.
-
-    Args:
-        dir: folder of checkpoints, config.json and metrics.jsonl; "" keeps nothing.
-        every: steps between checkpoints, beside the one at the end; 0 for that one alone.
-        resume: "auto" goes on from the latest checkpoint in dir if there is one, "never" starts
-            anew, anything else is the checkpoint to go on from.
-    """
-
-    dir: str = ""
-    every: int = 0
-    resume: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"checkpoint.every: {self.every}. Give steps, or 0 for the end alone.")
-        if self.every and not self.dir:
-            raise ValueError(
-                f"checkpoint.dir: empty, but checkpoint.every is {self.every}. "
-                "Name a folder, or set checkpoint.every to 0."
-            )
-        if not self.resume:
-            raise ValueError('checkpoint.resume: empty. Use "auto", "never" or a checkpoint.')
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All that decides a run: the same config gives the same losses, on any mesh.
 
@@ -238,28 +184,44 @@ class RunConfig:
         mesh: ranks per mesh axis.
         rules: logical axis -> the mesh axes that cut it; empty for none.
         pipeline: schedule and placement, where mesh.pp is more than 1.
-        data: the text and its tokenizer.
-        optimizer: AdamW and its learning rate.
+        context: how attention runs, where mesh.cp is more than 1.
+        storage: what is cut between uses (ZeRO).
+        remat: what the backward computes again.
+        data: what is trained on.
+        optimizer: the optimizer and its learning rate.
+        precision: dtypes of gradients and masters, loss scale.
         train: length and rhythm.
         checkpoint: where the run is kept.
-        dtype: of parameters and products; moments and gradients are float32 or better.
+        health: what is looked after while it goes on.
+        log: where it tells, besides metrics.jsonl.
+        dtype: of parameters and products; see precision for gradients.
         compile: whether every program goes through torch.compile.
+        deterministic: whether the same run gives the same bits; kernels that cannot are refused.
     """
 
     model: GPTConfig
     mesh: MeshConfig = field(default_factory=MeshConfig)
     rules: dict[str, tuple[str, ...]] = field(default_factory=megatron_rules)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    remat: RematConfig = field(default_factory=RematConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     train: TrainConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     dtype: Dtype = "float32"
     compile: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         check_rules(self.rules, self.mesh)
-        parts = math.prod(self.mesh.sizes[axis] for axis in self.rules.get("batch", ()))
+        self.log.tensorboard_dir(self.checkpoint.dir)
+        sizes = self.mesh.sizes
+        parts = math.prod(sizes.get(axis, 1) for axis in self.rules.get("batch", ()))
         if self.train.microbatch % parts:
             micro = self.train.microbatch
             raise ValueError(
@@ -267,11 +229,36 @@ class RunConfig:
                 f"({self.mesh}). Set train.microbatch to {-(-micro // parts) * parts}, or use "
                 "fewer ranks for the batch."
             )
-        if self.train.eval_every and not self.data.valid_fraction:
+        if self.train.eval_every and not self.data.holds_out:
             raise ValueError(
-                "data.valid_fraction: 0 holds nothing out, but train.eval_every is "
-                f"{self.train.eval_every}. Set data.valid_fraction to 0.01, or train.eval_every "
-                "to 0."
+                f"data.split: {self.data.split!r} holds nothing out, but train.eval_every is "
+                f"{self.train.eval_every}. Set data.split to 969,30,1, or train.eval_every to 0."
+            )
+        for level, axes in zip(("params", "grads", "opt"), self.storage.axes, strict=True):
+            if wrong := [axis for axis in axes if axis not in (*self.mesh.sizes, "dp", "cp", "tp")]:
+                raise ValueError(
+                    f"storage.{level}: the mesh has no axis {wrong[0]!r} to cut over. Use "
+                    f"{' or '.join(axis for axis in self.mesh.sizes if axis != 'pp')}."
+                )
+        narrow = self.precision.grads != "float32"
+        if narrow and self.train.global_batch > self.train.microbatch:
+            raise ValueError(
+                f"precision.grads: {self.precision.grads} sums of "
+                f"{self.train.global_batch // self.train.microbatch} microbatches lose the small "
+                "terms. Set precision.grads to float32, or train.microbatch to "
+                f"{self.train.global_batch}."
+            )
+        if self.checkpoint.keep_best and not self.train.eval_every:
+            raise ValueError(
+                f"checkpoint.keep_best: {self.checkpoint.keep_best}, but train.eval_every is 0: no "
+                "held-out loss tells which is best. Set train.eval_every, or keep_best to 0."
+            )
+        chunks, seq = self.mesh.cp * (2 if self.context.zigzag else 1), self.model.seq_length
+        if self.mesh.cp > 1 and seq % chunks:
+            raise ValueError(
+                f"model.seq_length: {seq} tokens do not divide into {chunks} chunks of mesh.cp "
+                f"{self.mesh.cp}. Set model.seq_length to {-(-seq // chunks) * chunks}"
+                + (", or leave out context.zigzag." if seq % self.mesh.cp == 0 else ".")
             )
 
 
@@ -284,7 +271,7 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], mesh: MeshConfig) -> None:
     """
     for axis, cut_by in rules.items():
         for mesh_axis in cut_by:
-            if mesh_axis not in mesh.sizes:
+            if mesh_axis not in (*mesh.sizes, "cp"):
                 raise ValueError(
                     f"rules.{axis}: the mesh has no axis {mesh_axis!r}"
                     f"{did_you_mean(mesh_axis, mesh.sizes)}. Use {' or '.join(mesh.sizes)}."
@@ -296,7 +283,7 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], mesh: MeshConfig) -> None:
                 f"mesh.{mesh_axis}: {size} ranks, and no rule names {mesh_axis!r}: all would do "
                 f"the same work. Set mesh.{mesh_axis} to 1, or name it in a rule."
             )
-    sequence = rules.get("seq_res", ())
+    sequence = [mesh_axis for mesh_axis in rules.get("seq_res", ()) if mesh_axis != "cp"]
     if sequence and all(mesh.sizes[mesh_axis] == 1 for mesh_axis in sequence):
         raise ValueError(
             f"rules.seq_res: cut by {' '.join(sequence)}, which has one rank ({mesh}); sequence "

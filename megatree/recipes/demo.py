@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from megatree.io.data import encode_documents, unigram_entropy
+from megatree.io.data import encode_documents, load_demo, unigram_entropy
 from megatree.recipes.config import MeshConfig, RunConfig, megatron_rules
-from megatree.recipes.data import load_text
 from megatree.recipes.job import open_job
 from megatree.recipes.presets import demo
 from megatree.recipes.sample import Sampling, sample
@@ -131,6 +130,6 @@ def phase(device: torch.device, cfg: RunConfig, report: Report, stop: int) -> Ph
 
 def text_entropy() -> tuple[int, float]:
     """Return the number of tokens of the demo's text, and their unigram entropy in nats."""
-    text = load_text(demo().data)
-    tokens = encode_documents(text.texts, text.tokenizer, eod=text.eod).tokens
+    text = load_demo()
+    tokens = encode_documents(text.texts, text.tokenizer).tokens
     return len(tokens), unigram_entropy(tokens)

@@ -1,6 +1,6 @@
 """A whole training run on one rank: build, agree, go on or begin, train."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -8,25 +8,39 @@ from typing import Any
 
 import torch
 
-from megatree.io.checkpoint import load_extra
-from megatree.io.data import TokenDataset
+from megatree.io.checkpoint import Retention, Saver, load_extra
+from megatree.io.checkpoint.place import PathLike
+from megatree.io.data import Stream
+from megatree.io.tokenizers import require_same_identity
 from megatree.io.world import World
 from megatree.parallel.comm import OneDevice, RankComm
 from megatree.parallel.mesh import Mesh
 from megatree.parallel.model import lower_model
 from megatree.recipes import metrics
-from megatree.recipes.build import layout_of_run, model_of, optimizer_of, schedule_of
+from megatree.recipes.build import (
+    layout_of_run,
+    model_of,
+    optimizer_of,
+    precision_of,
+    rules_of,
+    schedule_of,
+)
+from megatree.recipes.care import caring, check_deterministic
 from megatree.recipes.config import RunConfig
-from megatree.recipes.data import datasets
+from megatree.recipes.data import RunData, open_data
+from megatree.recipes.layout_file import layout_to_plain
 from megatree.recipes.saved import CONFIG_FILE, differences, from_plain, to_json, to_plain
+from megatree.recipes.writers import writers
 from megatree.runtime.collectives import ProcessComm
-from megatree.runtime.processes import current_world
+from megatree.runtime.processes import background_world, current_world
+from megatree.runtime.recorded import RecordedComm, Recorder, recorded_world
 from megatree.runtime.step import TrainStep, train_step
 from megatree.runtime.train import (
     Loop,
     Progress,
     Report,
     begin,
+    check_data,
     check_start,
     evaluate,
     find_checkpoint,
@@ -45,52 +59,61 @@ class Job:
         cfg: the run.
         world: its processes.
         step: the training step, lowered and bound.
-        data: samples to train on.
-        held_out: samples to evaluate on, if any.
+        data: samples to train on, and to evaluate on if any.
         progress: where the run begins or goes on.
         resumed: the checkpoint it goes on from, or "".
         report: what rank 0 does with news.
+        recorder: notes this rank's calls.
     """
 
     cfg: RunConfig
     world: World
     step: TrainStep
-    data: TokenDataset
-    held_out: TokenDataset | None
+    data: RunData
     progress: Progress
     resumed: str
     report: Report
+    recorder: Recorder
 
     def valid_loss(self, num_samples: int) -> float:
         """Return the loss over the first held-out samples; every rank calls it."""
-        assert self.held_out is not None, "the config holds nothing out"
-        size = self.cfg.train.microbatch
-        return evaluate(self.step, self.held_out, num_samples=num_samples, microbatch=size)
+        held_out, size = self.data.valid, self.cfg.train.microbatch
+        assert held_out is not None, "the config holds nothing out"
+        return evaluate(self.step, held_out, num_samples=num_samples, microbatch=size)
 
     def train(self, *, stop: int | None = None) -> "Job":
         """Train to the end, or to the step `stop`; return the job as it is then."""
         cfg = self.cfg
         loop = Loop(
             steps=cfg.train.steps if stop is None else min(stop, cfg.train.steps),
-            global_batch=cfg.train.global_batch,
+            global_batch=cfg.train.batches,
             microbatch=cfg.train.microbatch,
             log_every=cfg.train.log_every,
             eval_every=cfg.train.eval_every,
             save_every=cfg.checkpoint.every,
-            directory=cfg.checkpoint.dir,
+            directory=cfg.checkpoint.place,
         )
         valid = partial(self.valid_loss, cfg.train.eval_samples)
-        progress = train(
-            self.step,
-            self.progress,
-            loop,
-            data=self.data,
-            lr=schedule_of(cfg),
-            world=self.world,
-            valid=valid if cfg.train.eval_every else None,
-            extra={"config": to_plain(cfg)},
-            report=self.report,
-        )
+        comm, mesh = self.step.comm, self.step.program.layout.mesh
+        with caring(cfg, mesh, self.world, self.recorder, comm.device) as care:
+            progress = train(
+                self.step,
+                self.progress,
+                loop,
+                data=self.data.train,
+                lr=schedule_of(cfg),
+                world=self.world,
+                valid=valid if cfg.train.eval_every else None,
+                extra={
+                    "config": to_plain(cfg),
+                    "samples": self.data.samples,
+                    "tokenizer": self.data.vocabulary.identity,
+                    "layout": layout_to_plain(cfg),
+                },
+                report=self.report,
+                care=care,
+                saver=saver_of(cfg, self.world),
+            )
         return replace(self, progress=progress)
 
 
@@ -105,32 +128,64 @@ def open_job(device: torch.device, cfg: RunConfig, report: Report) -> Job:
     Raises:
         ValueError: the config, the data, the checkpoint or the ranks contradict each other.
     """
-    world, layout, model = current_world(), layout_of_run(cfg), model_of(cfg)
-    data, held_out = world.agree(lambda: datasets(cfg))
-    sides = {"train": data} if held_out is None else {"train": data, "valid": held_out}
-    check_start(world, cfg, lower_model(model, layout), sides)
+    recorder = Recorder(device)
+    world = recorded_world(current_world(), recorder)
+    # Signals end a run that is not yet under way as they end any program.
+    early = replace(cfg, health=replace(cfg.health, stop_on=()))
+    with caring(early, layout_of_run(cfg).mesh, world, recorder, device):
+        return _open_job(device, cfg, report, world, recorder)
+
+
+def _open_job(
+    device: torch.device, cfg: RunConfig, report: Report, world: World, recorder: Recorder
+) -> Job:
+    layout, model = layout_of_run(cfg), model_of(cfg)
+    program = lower_model(model, layout)
+    check_start(world, cfg, program)
+    check_deterministic(cfg, program, device)
+    path = find_checkpoint(world, cfg.checkpoint.place, cfg.checkpoint.resume)
+    weights = "" if path else find_checkpoint(world, "", cfg.checkpoint.weights or "never")
+    before = world.broadcast(world.on_first(lambda: _extra(path or weights)))
+    data = open_data(cfg, world, samples=_samples(cfg, before if path else {}))
+    sides = {"train": data.train, "valid": data.valid}
+    check_data(world, {name: side for name, side in sides.items() if side is not None})
+    require_same_identity(
+        "data", data.vocabulary.identity, before.get("tokenizer"), of=path or weights
+    )
     step = train_step(
         model,
         layout,
         optimizer_of(cfg),
-        comm=rank_comm(layout.mesh, world, device),
+        comm=_recorded(rank_comm(layout.mesh, world, device), recorder),
         max_norm=cfg.optimizer.clip,
+        max_value=cfg.optimizer.clip_value,
         seed=cfg.train.seed,
+        rules=rules_of(cfg, model),
+        precision=replace(precision_of(cfg), skip_nonfinite=cfg.health.nonfinite == "skip"),
         transform=partial(torch.compile, dynamic=False) if cfg.compile else _as_it_is,
     )
-    path = find_checkpoint(world, cfg.checkpoint.dir, cfg.checkpoint.resume)
-    changed = world.broadcast(world.on_first(lambda: check_same_model(path, cfg))) if path else {}
-    progress = begin(step, path, data=data, world=world)
+    source = path or weights
+    changed = world.broadcast(world.on_first(lambda: _check_model(source, cfg)))
+    progress = begin(
+        step,
+        path,
+        data=data.train,
+        world=world,
+        weights=weights,
+        skip=cfg.checkpoint.skip,
+        masters=cfg.checkpoint.masters,
+    )
     world.on_first(lambda: _keep_records(cfg, progress.state.step))
+    others = world.on_first(lambda: _writers(cfg, progress.state.step))
     job = Job(
         cfg=cfg,
         world=world,
         step=step,
         data=data,
-        held_out=held_out,
         progress=progress,
         resumed=path,
-        report=partial(_record, cfg.checkpoint.dir, report),
+        report=partial(_record, cfg.checkpoint.dir, [*(others or ()), report]),
+        recorder=recorder,
     )
     if world.rank == 0:
         report("start", _describe(job, changed))
@@ -140,6 +195,15 @@ def open_job(device: torch.device, cfg: RunConfig, report: Report) -> Job:
 def run(device: torch.device, cfg: RunConfig, report: Report) -> int:
     """Train a config from start or checkpoint to its end; return the step it is at."""
     return open_job(device, cfg, report).train().progress.state.step
+
+
+def saver_of(cfg: RunConfig, world: World) -> Saver:
+    """Return what saves the checkpoints of a run; every rank calls it."""
+    said = cfg.checkpoint
+    retention = Retention(last=said.keep_last, every=said.keep_every, best=said.keep_best)
+    if not said.asynchronous:
+        return Saver(world, retention=retention)
+    return Saver(background_world(), host_bytes=said.host_mib << 20, retention=retention)
 
 
 def rank_comm(mesh: Mesh, world: World, device: torch.device) -> RankComm:
@@ -158,7 +222,7 @@ def rank_comm(mesh: Mesh, world: World, device: torch.device) -> RankComm:
     return ProcessComm(mesh, device)
 
 
-def saved_config(path: str | Path) -> RunConfig:
+def saved_config(path: PathLike) -> RunConfig:
     """Return the config in a checkpoint.
 
     Raises:
@@ -184,13 +248,31 @@ def check_same_model(path: str, cfg: RunConfig) -> dict[str, Any]:
         for field, pair in changed.items()
         if field.startswith("model.") and field.removeprefix("model.") not in MAY_DIFFER
     }
-    if wrong:
+    if wrong and not cfg.checkpoint.skip:
         pairs = [f"{field} is {old} there and {new} here" for field, (old, new) in wrong.items()]
         raise ValueError(
             f"{path}: a checkpoint of another model: {', '.join(pairs)}. Use the model of the "
             f"{CONFIG_FILE} beside it, or another checkpoint.dir."
         )
     return {field: list(pair) for field, pair in changed.items()}
+
+
+def _extra(path: str) -> dict[str, Any]:
+    """Return what a checkpoint holds beside arrays, nothing if there is none."""
+    return load_extra(path) if path else {}
+
+
+def _samples(cfg: RunConfig, before: Mapping[str, Any]) -> int:
+    """Return the number of samples that the order is made for: what the run began with."""
+    return cfg.data.samples or before.get("samples") or cfg.train.batches.consumed(cfg.train.steps)
+
+
+def _check_model(path: str, cfg: RunConfig) -> dict[str, Any]:
+    return check_same_model(path, cfg) if path else {}
+
+
+def _size(samples: Stream | None) -> int:
+    return len(samples.dataset) if samples else 0
 
 
 def _keep_records(cfg: RunConfig, step: int) -> None:
@@ -201,10 +283,19 @@ def _keep_records(cfg: RunConfig, step: int) -> None:
         metrics.keep_up_to(directory, step)
 
 
-def _record(directory: str, report: Report, kind: str, fields: Any) -> None:
+def _record(directory: str, reports: Sequence[Report], kind: str, fields: Any) -> None:
     if directory:
         metrics.append(directory, kind, fields)
-    report(kind, fields)
+    for report in reports:
+        report(kind, fields)
+
+
+def _writers(cfg: RunConfig, step: int) -> list[Report]:
+    return [*writers(cfg.log, cfg.checkpoint.dir, run=to_plain(cfg), step=step)]
+
+
+def _recorded(comm: RankComm, recorder: Recorder) -> RankComm:
+    return comm if isinstance(comm, OneDevice) else RecordedComm(comm, recorder)
 
 
 def _describe(job: Job, changed: dict[str, Any]) -> dict[str, Any]:
@@ -215,14 +306,16 @@ def _describe(job: Job, changed: dict[str, Any]) -> dict[str, Any]:
         "ranks": cfg.mesh.num_ranks,
         "device": str(job.step.gradients.bound.comm.device),
         "dtype": cfg.dtype,
-        "samples": len(job.data),
-        "held_out": len(job.held_out) if job.held_out else 0,
+        "samples": _size(job.data.train),
+        "held_out": _size(job.data.valid),
         "seq": cfg.model.seq_length,
         "tokens_per_step": cfg.train.global_batch * cfg.model.seq_length,
         "step": job.progress.state.step,
         "steps": cfg.train.steps,
         "resumed": job.resumed,
+        "weights": "" if job.resumed else cfg.checkpoint.weights,
         "changed": changed,
+        **job.progress.told,
         "directory": cfg.checkpoint.dir,
     }
 

@@ -1,6 +1,7 @@
 """metrics.jsonl: one line per report, and no line twice when a run goes on from a checkpoint."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +20,9 @@ def keep_up_to(directory: str, step: int) -> None:
 
 
 def append(directory: str, kind: str, fields: Mapping[str, Any]) -> None:
-    """Add a line."""
+    """Add a line; JSON has no NaN, so a number that is not finite becomes null."""
     with open(Path(directory) / METRICS_FILE, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"kind": kind, **fields}) + "\n")
+        stream.write(json.dumps(_plain({"kind": kind, **fields}), allow_nan=False) + "\n")
 
 
 def read(directory: str) -> list[dict[str, Any]]:
@@ -36,6 +37,12 @@ def replace_text(path: Path, text: str) -> None:
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text(text, encoding="utf-8")
     os.replace(fresh, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step(line: str) -> float:

@@ -3,16 +3,18 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from megatree.models import GPTConfig
+from megatree.models.gpt_config import GPTConfig
 from megatree.recipes.config import (
     CheckpointConfig,
     DataConfig,
     MeshConfig,
     OptimizerConfig,
+    PipelineConfig,
     RunConfig,
     TrainConfig,
     megatron_rules,
 )
+from megatree.recipes.optimizer_config import LrConfig, RampConfig, RematConfig, StorageConfig
 
 Recipe = Callable[[], RunConfig]
 
@@ -31,7 +33,7 @@ def demo() -> RunConfig:
         ),
         mesh=MeshConfig(tp=2),
         rules=megatron_rules(sequence_parallel=True),
-        data=DataConfig(text="demo", tokenizer="demo", valid_fraction=0.05),
+        data=DataConfig(text="demo", tokenizer="demo", split="95,5"),
         optimizer=OptimizerConfig(lr=5e-3, min_lr=5e-4, warmup_steps=30),
         train=TrainConfig(
             steps=400,
@@ -119,6 +121,98 @@ def llama_7b() -> RunConfig:
     )
 
 
+def gpt3_175b() -> RunConfig:
+    """Return GPT-3 of 175 B parameters on 1024 GPUs: a growing batch, float16, cosine.
+
+    Reference: Brown et al. 2020, table 2.1; Narayanan et al. 2021, arXiv:2104.04473, section 5.
+    """
+    return RunConfig(
+        model=GPTConfig(
+            vocab_size=50257,
+            vocab_pad=1024,
+            seq_length=2048,
+            num_layers=96,
+            embed=12288,
+            kv_heads=96,
+            head_dim=128,
+            ffn=4 * 12288,
+            norm="layer",
+            positions="learned",
+            activation="gelu_tanh",
+            bias=True,
+            tied=True,
+            init_std=0.006,
+        ),
+        mesh=MeshConfig(pp=16, dp=8, tp=8),
+        rules=megatron_rules(sequence_parallel=True),
+        storage=StorageConfig(zero=1),
+        remat=RematConfig(policy="selective", ops=("attention",)),
+        data=DataConfig(split="949,50,1"),
+        optimizer=OptimizerConfig(
+            lr=6e-5,
+            min_lr=6e-6,
+            schedule=LrConfig(steps=430_000, warmup_fraction=0.001),
+        ),
+        train=TrainConfig(
+            steps=500_000,
+            global_batch=1536,
+            microbatch=8,
+            ramp=RampConfig(start=16, increment=16, samples=5_859_375),
+            log_every=10,
+            eval_every=1000,
+            eval_samples=1536,
+        ),
+        checkpoint=CheckpointConfig(dir="runs/gpt3-175b", every=1000),
+        dtype="float16",
+    )
+
+
+def llama3_8b() -> RunConfig:
+    """Return Llama 3 of 8 B parameters on 64 GPUs."""
+    return _llama3(
+        "llama3-8b",
+        model=_llama3_model(embed=4096, num_layers=32, num_heads=32, ffn=14336),
+        mesh=MeshConfig(dp=32, tp=2),
+        microbatch=32,
+        lr=3e-4,
+    )
+
+
+def llama3_70b() -> RunConfig:
+    """Return Llama 3 of 70 B parameters on 512 GPUs."""
+    return _llama3(
+        "llama3-70b",
+        model=_llama3_model(embed=8192, num_layers=80, num_heads=64, ffn=28672),
+        mesh=MeshConfig(pp=4, dp=16, tp=8),
+        pipeline=PipelineConfig(schedule="interleaved", virtual=5),
+        microbatch=16,
+        lr=1.5e-4,
+    )
+
+
+def llama3_405b() -> RunConfig:
+    """Return Llama 3 of 405 B parameters on 16,384 GPUs, 16 M tokens a step.
+
+    Embedding and head have stages of their own, as one layer fewer at either end.
+
+    Reference: Grattafiori et al. 2024, arXiv:2407.21783, tables 3 and 4.
+    """
+    return _llama3(
+        "llama3-405b",
+        model=_llama3_model(embed=16384, num_layers=126, num_heads=128, ffn=53248),
+        mesh=MeshConfig(pp=16, dp=128, tp=8),
+        pipeline=PipelineConfig(
+            schedule="interleaved", virtual=8, layers_per_stage=(0, *(1,) * 126, 0)
+        ),
+        remat=RematConfig(
+            policy="selective", ops=("attention", "norm", "activation", "rope"), regather=True
+        ),
+        microbatch=128,
+        global_batch=2048,
+        lr=8e-5,
+    )
+
+
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "demo": demo,
@@ -126,6 +220,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "gpt2-345m": gpt2_345m,
         "llama-1b": llama_1b,
         "llama-7b": llama_7b,
+        "gpt3-175b": gpt3_175b,
+        "llama3-8b": llama3_8b,
+        "llama3-70b": llama3_70b,
+        "llama3-405b": llama3_405b,
     }
 )
 """Name on the command line -> recipe."""
@@ -171,4 +269,50 @@ def _ten_billion_tokens(*, microbatch: int) -> TrainConfig:
         log_every=10,
         eval_every=250,
         eval_samples=256,
+    )
+
+
+def _llama3(
+    name: str,
+    *,
+    model: GPTConfig,
+    mesh: MeshConfig,
+    microbatch: int,
+    lr: float,
+    pipeline: PipelineConfig = PipelineConfig(),  # noqa: B008 (frozen)
+    remat: RematConfig = RematConfig(policy="selective"),  # noqa: B008 (frozen)
+    global_batch: int = 512,
+) -> RunConfig:
+    return RunConfig(
+        model=model,
+        mesh=mesh,
+        rules=megatron_rules(sequence_parallel=mesh.tp > 1),
+        pipeline=pipeline,
+        storage=StorageConfig(zero=1),
+        remat=remat,
+        optimizer=OptimizerConfig(lr=lr, min_lr=lr / 100, warmup_steps=8000),
+        train=TrainConfig(
+            steps=1_200_000,
+            global_batch=global_batch,
+            microbatch=microbatch,
+            log_every=10,
+            eval_every=1000,
+            eval_samples=global_batch,
+        ),
+        checkpoint=CheckpointConfig(dir=f"runs/{name}", every=1000),
+        dtype="bfloat16",
+    )
+
+
+def _llama3_model(*, embed: int, num_layers: int, num_heads: int, ffn: int) -> GPTConfig:
+    return GPTConfig(
+        vocab_size=128_256,
+        seq_length=8192,
+        num_layers=num_layers,
+        embed=embed,
+        kv_heads=8,
+        group=num_heads // 8,
+        head_dim=128,
+        ffn=ffn,
+        rope_base=500_000.0,
     )

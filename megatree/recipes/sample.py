@@ -3,15 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from megatree.io.checkpoint import latest
+from megatree.io.checkpoint.manifest import MANIFEST_FILE
+from megatree.io.checkpoint.place import place_of
 from megatree.recipes.build import layout_of, model_of
 from megatree.recipes.config import MeshConfig, RunConfig
-from megatree.recipes.data import end_of_document, load_tokenizer
 from megatree.recipes.job import rank_comm, saved_config
+from megatree.recipes.vocabulary import load_tokenizer
 from megatree.runtime.generate import greedy, load_generator, padded_length, sampling
 from megatree.runtime.processes import current_world
 
@@ -65,11 +66,11 @@ def sample(
     _check_mesh(mesh, cfg, len(prompts))
     layout = layout_of(mesh, cfg.rules)
     tokenizer = load_tokenizer(cfg.data)
-    eod = end_of_document(cfg.data, tokenizer)
-    rows = [tokenizer.encode(prompt).ids or [eod] for prompt in prompts]
+    eod = tokenizer.special.need("eod")
+    rows = [tokenizer.encode(prompt) or [eod] for prompt in prompts]
     longest = max(map(len, rows)) + how.max_tokens
     seq = padded_length(longest, layout, cfg.model.seq_length)
-    model = model_of(cfg).for_evaluation().up_to("head")
+    model = model_of(cfg, entries=()).for_evaluation().up_to("head")
     generator = load_generator(
         path,
         model.with_sizes(batch=len(rows), seq=seq, seq_res=seq),
@@ -80,16 +81,13 @@ def sample(
     choose = sampling(temperature=how.temperature, seed=how.seed) if how.temperature else greedy
     made = generator(rows, how.max_tokens, choose, end=eod)
     # Decoded as one text: the bytes of a character may be in both halves.
-    whole = [tokenizer.decode(row + new) for row, new in zip(rows, made, strict=True)]
+    # A padded or larger vocabulary of the model has ids that no text has.
+    spelled = [[token for token in new if token < tokenizer.vocab_size] for new in made]
+    whole = [tokenizer.decode(row + new) for row, new in zip(rows, spelled, strict=True)]
     return [text[len(tokenizer.decode(row)) :] for text, row in zip(whole, rows, strict=True)]
 
 
 def _check_mesh(mesh: MeshConfig, cfg: RunConfig, num_prompts: int) -> None:
-    if mesh.pp > 1:
-        raise ValueError(
-            f"mesh.pp: {mesh.pp}, but generation knows no pipeline. "
-            "Set mesh.pp to 1, and mesh.tp to as many ranks as the model needs."
-        )
     parts = math.prod(mesh.sizes[axis] for axis in cfg.rules.get("batch", ()))
     if num_prompts % parts:
         raise ValueError(
@@ -99,8 +97,8 @@ def _check_mesh(mesh: MeshConfig, cfg: RunConfig, num_prompts: int) -> None:
 
 
 def _find(checkpoint: str) -> tuple[str, RunConfig]:
-    path = Path(checkpoint)
-    if not (path / "manifest.msgpack").is_file():
+    path = place_of(checkpoint)
+    if not path.holds(MANIFEST_FILE):
         found = latest(path)
         if found is None:
             raise ValueError(

@@ -13,7 +13,13 @@ from megatree.runtime.processes import (
 )
 
 
-def start(fn: Callable[..., Any], mesh: MeshConfig, *args: Any, nproc: int = 0) -> Any:
+def start(
+    fn: Callable[..., Any],
+    mesh: MeshConfig,
+    *args: Any,
+    nproc: int = 0,
+    timeout_s: float = 600.0,
+) -> Any:
     """Run `fn(device, *args)` on every rank of a mesh.
 
     Under torchrun this process is one of the ranks. Else a mesh of one rank runs in this process,
@@ -24,6 +30,7 @@ def start(fn: Callable[..., Any], mesh: MeshConfig, *args: Any, nproc: int = 0) 
         mesh: the ranks.
         args: further arguments.
         nproc: processes to start; 0 for as many as the mesh has ranks.
+        timeout_s: seconds that a collective may wait.
 
     Returns:
         Rank 0's result (under torchrun, this rank's).
@@ -38,7 +45,7 @@ def start(fn: Callable[..., Any], mesh: MeshConfig, *args: Any, nproc: int = 0) 
                 f"--nproc: {nproc}, but torchrun has started the processes already. "
                 "Leave --nproc out."
             )
-        device = join_job()
+        device = join_job(timeout_s=timeout_s)
         try:
             return fn(device, *args)
         finally:
@@ -50,7 +57,7 @@ def start(fn: Callable[..., Any], mesh: MeshConfig, *args: Any, nproc: int = 0) 
         )
     if mesh.num_ranks == 1:
         return fn(local_device(0), *args)
-    return launch(fn, mesh.num_ranks, *args)
+    return launch(fn, mesh.num_ranks, *args, timeout_s=timeout_s)
 
 
 def _fitting(mesh: MeshConfig, nproc: int) -> str:

@@ -1,14 +1,19 @@
 """At start, ranks must agree on config, plan, code and data; what differs is named."""
 
 import hashlib
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatree.io.world import World
 from megatree.parallel.model import ModelProgram
+
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def describe(value: Any, place: str = "") -> dict[str, str]:
@@ -32,14 +37,15 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def code_version() -> str:
-    """Return a hash of the package's source files."""
-    root = Path(__file__).resolve().parent.parent
-    whole = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        whole.update(file.relative_to(root).as_posix().encode())
-        whole.update(file.read_bytes())
-    return whole.hexdigest()[:16]
+def code_facts(root: Path = _PACKAGE) -> dict[str, str]:
+    """Return "code.<file>" -> hash of the package's source files, and the versions beneath."""
+    facts = {
+        f"code.{file.relative_to(root).as_posix()}": hashlib.sha256(file.read_bytes()).hexdigest()[
+            :16
+        ]
+        for file in sorted(root.rglob("*.py"))
+    }
+    return {"code.python": platform.python_version(), "code.torch": torch.__version__, **facts}
 
 
 def plan_text(program: ModelProgram) -> str:
@@ -64,7 +70,7 @@ def check_agreement(world: World, facts: Mapping[str, str]) -> None:
     if len(set(hashes)) == 1:
         return
     everywhere = world.gather(dict(facts))
-    for field in facts:
+    for field in dict.fromkeys(name for other in everywhere for name in other):
         for rank, other in enumerate(everywhere):
             mine = everywhere[0].get(field, "(absent)")
             found = other.get(field, "(absent)")
@@ -73,5 +79,3 @@ def check_agreement(world: World, facts: Mapping[str, str]) -> None:
                     f"start: {field} is {found} on rank {rank} and {mine} on rank 0. "
                     "Start every rank with the same configuration, code and data."
                 )
-    extra = {field for other in everywhere for field in other} - set(facts)
-    raise ValueError(f"start: only some ranks have {sorted(extra)}. Start every rank alike.")

@@ -1,26 +1,38 @@
 """Run a lowered model on one rank: the fold of the carry over bound programs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from megatree.functional.tree import leaves_of
+from megatree.parallel.again import Again, Keep
 from megatree.parallel.codegen import generate
 from megatree.parallel.comm import Axes, OneDevice, RankComm
 from megatree.parallel.layout import PIPELINE, Layout
 from megatree.parallel.model import ModelProgram
+from megatree.parallel.pieces import Pieces
+from megatree.parallel.remat import Entry
 from megatree.parallel.split import DeferredWeight, split_backward
 from megatree.parallel.types import ShardType
+from megatree.runtime.offload import Offload, Transfers
+from megatree.runtime.outputs import metric_axes
 
 TermKey = tuple[str, int, str]
 """(unit, layer number, term)."""
 
-Leaves = Mapping[tuple[str, int | None], Sequence[Tensor]]
-"""(unit, layer index within its kind) -> the unit's `w`, flat, in the program's order."""
+
+@runtime_checkable
+class Leaves(Protocol):
+    """(unit, layer index within its kind) -> the unit's `w`, flat, in the program's order."""
+
+    def __getitem__(self, entry: tuple[str, int | None], /) -> Sequence[Tensor]:
+        """Return the parameters of an entry."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,9 +54,10 @@ class Forward:
 
 @dataclass(frozen=True)
 class Deferred:
-    """A product of a forward run: its weight (a leaf), and the slots that its backward fills."""
+    """A product of a forward run: its weight and entry, and the slots that its backward fills."""
 
-    weight: Tensor
+    weight: tuple[str, int | None]
+    entry: tuple[str, int | None]
     product: DeferredWeight
     slots: tuple[Tensor, Tensor]
 
@@ -62,6 +75,7 @@ def needed_axes(program: ModelProgram) -> list[Axes]:
             for u in program.units.values()
             for ty in u.program.out_types
         }
+    found |= metric_axes(program)
     return sorted(axes for axes in found if axes)
 
 
@@ -92,7 +106,9 @@ class BoundModel:
         comm.prepare(needed_axes(program))
         self.program, self.comm, self._transform = program, comm, transform
         self._consts = program.consts.bind(comm)
-        self._units = {name: transform(u.program.bind(comm)) for name, u in program.units.items()}
+        self._remat = program.layout.remat
+        self._layers_of = {name for name, index, _ in program.order if index is not None}
+        self._units = {name: self._bind(name, u.program.graph) for name, u in program.units.items()}
         self._weights = {
             name: generate(u.weights, comm)
             for name, u in program.units.items()
@@ -102,6 +118,13 @@ class BoundModel:
             torch.tensor(number, dtype=torch.int64, device=comm.device)
             for number in range(len(program.order))
         ]
+        self._const_names = {
+            name: sorted(
+                {*program.const_names, *(["layer"] if "consts.layer" in u.program.types else [])}
+            )
+            for name, u in program.units.items()
+        }
+        self._deferred: dict[tuple[str, int | None], list[Deferred]] = {}
 
     @cached_property
     def _split_units(self) -> dict[str, tuple[Callable[..., Any], tuple[DeferredWeight, ...]]]:
@@ -109,20 +132,42 @@ class BoundModel:
         out = {}
         for name, unit in self.program.units.items():
             graph, deferred = split_backward(unit.program)
-            out[name] = (self._transform(generate(graph, self.comm)), deferred)
+            out[name] = (self._bind(name, graph), deferred)
         return out
 
-    def _slots(self, name: str, w: Sequence[Tensor]) -> list[Deferred]:
-        """Make the slots of a unit's deferred products: tensors of a shape, without memory."""
-        sizes, leaves = self.program.layout.sizes, list(self.program.units[name].leaves)
+    def _bind(self, name: str, graph: fx.Graph) -> Callable[..., Any]:
+        """Bind the graph of a unit; that of a layer in pieces if some of it runs again."""
+        if self._remat.policy == "selective" and name in self._layers_of:
+            return Pieces(graph, self.comm, self._remat, transform=self._transform)
+        return self._transform(generate(graph, self.comm))
+
+    @cached_property
+    def _transfers(self) -> Transfers:
+        return Transfers(self.comm.device)
+
+    def _slots(self, name: str, index: int | None) -> list[Deferred]:
+        """Return the deferred products of an entry with their slots: tensors without memory.
+
+        All microbatches share them: a slot holds nothing, and a backward sees its own graph only.
+        """
+        if (name, index) not in self._deferred:
+            self._deferred[name, index] = self._make_slots(name, index)
+        return self._deferred[name, index]
+
+    def _make_slots(self, name: str, index: int | None) -> list[Deferred]:
+        sizes, leaves = self.program.layout.sizes, self.program.units[name].leaves
 
         def slot(ty: ShardType) -> Tensor:
             zero = torch.zeros((), dtype=ty.dtype, device=self.comm.device)
             return zero.expand(ty.local_shape(sizes)).requires_grad_()
 
+        def weight(path: str) -> tuple[str, int | None]:
+            return path, index if path.startswith(f"{name}.") else None
+
         return [
             Deferred(
-                w[leaves.index(product.path.removeprefix("w."))],
+                weight(leaves[product.path.removeprefix("w.")]),
+                (name, index),
                 product,
                 (slot(product.x), slot(product.y)),
             )
@@ -172,10 +217,8 @@ class BoundModel:
         return out
 
     def _consts_for(self, unit: str, consts: Mapping[str, Tensor], number: int) -> list[Tensor]:
-        table = dict(consts)
-        if "consts.layer" in self.program.units[unit].program.types:
-            table["layer"] = self._layers[number]
-        return [table[name] for name in sorted(table)]
+        layer = self._layers[number]
+        return [layer if name == "layer" else consts[name] for name in self._const_names[unit]]
 
     @property
     def term_keys(self) -> list[TermKey]:
@@ -194,6 +237,8 @@ class BoundModel:
         consts: Mapping[str, Tensor],
         *,
         defer: bool = False,
+        keep: Keep | None = None,
+        again: Callable[[Sequence[tuple[str, int | None]]], Leaves] | None = None,
     ) -> Forward:
         """Fold the carry over entries of the program's order; records gradients if leaves ask.
 
@@ -203,23 +248,73 @@ class BoundModel:
             carry: flat local tensors that enter the first entry.
             consts: of this microbatch.
             defer: leave the weight gradients of products for later.
+            keep: how tensors wait for the backward; None: as autograd keeps them.
+            again: (unit, index) of entries that run again, to their parameters then; None: as
+                in `leaves`.
         """
-        deferred: list[Deferred] = []
-        sums: dict[TermKey, Tensor] = {}
-        metrics: dict[TermKey, Tensor] = {}
+        found = Forward((), {}, {}, [])
+        if not torch.is_grad_enabled():
+            carry = self._fold(entries, found, leaves, consts, defer, None, *carry)
+            return replace(found, carry=carry)
+        stays = [*carry]  # the caller holds it
+        before: Offload | None = None
+        for group, twice in self._remat.groups(entries):
+            waits = keep
+            if self._remat.offload and group[0][1] is not None:
+                waits = before = Offload(self._transfers, keep or Keep(), before, stays)
+            fold = partial(self._fold, group)
+            if twice:
+                names = [(name, index) for name, index, _ in group]
+                call = Again(
+                    partial(fold, found, leaves, consts, defer, None),
+                    keep=waits or Keep(),
+                    keep_made=keep or Keep(),
+                    second=partial(
+                        fold,
+                        Forward((), {}, {}, []),
+                        leaves if again is None else again(names),
+                        consts,
+                        defer,
+                        None,
+                    ),
+                )
+                carry = call(*carry)
+            else:
+                carry = fold(found, leaves, consts, defer, waits, *carry)
+        return replace(found, carry=carry)
+
+    def _fold(
+        self,
+        entries: Sequence[Entry],
+        found: Forward,
+        leaves: Leaves,
+        consts: Mapping[str, Tensor],
+        defer: bool,
+        keep: Keep | None,
+        *carry: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return the carry after some entries; their outputs go into `found`."""
         for name, index, number in entries:
             unit = self.program.units[name]
-            inputs = (*leaves[name, index], *carry, *self._consts_for(name, consts, number))
+            w, rest = leaves[name, index], self._consts_for(name, consts, number)
+            if isinstance(keep, Offload):
+                keep.leave(*w, *rest)
+            inputs = (*w, *carry, *rest)
+            run = self._units[name]
             if defer:
-                mine = self._slots(name, leaves[name, index])
-                deferred += mine
-                slots = (slot for product in mine for slot in product.slots)
-                out = self._split_units[name][0](*inputs, *slots)
+                mine = self._slots(name, index)
+                found.deferred.extend(mine)
+                inputs += tuple(slot for product in mine for slot in product.slots)
+                run = self._split_units[name][0]
+            if isinstance(run, Pieces):
+                out = run(*inputs, keep=keep)
             else:
-                out = self._units[name](*inputs)
+                with nullcontext() if keep is None else keep.hooks():
+                    out = run(*inputs)
             for term, (at, _) in unit.terms.items():
-                sums[name, number, term] = out[at]
+                found.sums[name, number, term] = out[at]
             for metric, at in unit.metrics.items():
-                metrics[name, number, metric] = out[at].detach()
+                found.metrics[name, number, metric] = out[at].detach()
             carry = out[: unit.num_carry]
-        return Forward(carry, sums, metrics, deferred)
+            del w, inputs  # weights gathered for this entry go before the next are whole
+        return carry

@@ -12,12 +12,15 @@ from megatree.functional.chain import Chain
 from megatree.io import checkpoint
 from megatree.io.world import World
 from megatree.parallel.comm import RankComm
-from megatree.parallel.layout import Layout, spec_box
+from megatree.parallel.errors import ShardingError
+from megatree.parallel.layout import PIPELINE, Layout, spec_box
 from megatree.parallel.model import ModelProgram, lower_model
+from megatree.parallel.packing import Group, pack
+from megatree.parallel.storage import Storage
 from megatree.parallel.types import ShardType
 from megatree.runtime.forward import BoundModel, Leaves
-from megatree.runtime.packing import Group, pack
 from megatree.runtime.pieces import buffer_pieces
+from megatree.runtime.stages import run_stages
 
 Choose = Callable[[Tensor, int], Tensor]
 """(logits [rows, vocab], how many tokens have been chosen) -> one token id per row."""
@@ -94,11 +97,17 @@ class Generator:
             ty = types[f"batch.{name}"]
             box = spec_box(ty.spec, ty.shape, comm.sizes, comm.coords)
             local[name] = array[tuple(slice(*edge) for edge in box)].to(comm.device)
-        consts = self.bound.consts(local)
-        (carry,) = self.bound.run(program.order, self.leaves, (), consts).carry
+        out = run_stages(self.bound, self.leaves, self.bound.consts(local))
         ty = program.units[program.order[-1][0]].program.out_types[0]
-        first, last = spec_box(ty.spec, ty.shape, comm.sizes, comm.coords)[0]
-        picked = carry[torch.arange(last - first), at[first:last].to(carry.device)]
+        (first, last), _, vocab = spec_box(ty.spec, ty.shape, comm.sizes, comm.coords)
+        if out.carry:
+            picked = out.carry[0][torch.arange(last - first), at[first:last].to(comm.device)]
+        else:  # the logits are those of the last stage
+            picked = torch.zeros(
+                last - first, vocab[1] - vocab[0], dtype=ty.dtype, device=comm.device
+            )
+        if PIPELINE in comm.sizes:
+            picked = comm.psum(picked.contiguous(), (PIPELINE,))
         return _whole(picked, ty, comm)[:, : program.model.sizes["vocab"]].float().cpu()
 
 
@@ -115,15 +124,21 @@ def load_generator(
         world: the processes.
 
     Raises:
-        ShardingError: the model cannot be typed under this layout.
+        ShardingError: the model cannot be typed under this layout, or it cuts the sequence.
         ValueError: the checkpoint is of another model.
     """
     program = lower_model(model, layout)
-    groups = pack(program)
+    if cut := program.consts.types["batch.tokens"].spec[1]:
+        raise ShardingError(
+            f"generate: the sequence is cut over {' '.join(cut)}, and a prompt's next token is on "
+            "one rank. Use a layout without a rule for 'seq'."
+        )
+    rank = comm.coords.get(PIPELINE, 0)
+    groups = pack(program, stage_rank=rank, storage=Storage())
     buffers = {group.name: group.allocate(group.dtype, comm.device) for group in groups}
     pieces = list(buffer_pieces(program, groups, comm, buffers, "params"))
     checkpoint.load(path, pieces, world=world, allow_extra=("opt.*",))
-    return Generator(BoundModel(program, comm), _leaves(program, groups, buffers), world)
+    return Generator(BoundModel(program, comm), _leaves(program, groups, buffers, rank), world)
 
 
 def greedy(logits: Tensor, number: int) -> Tensor:
@@ -179,8 +194,10 @@ def _check_prompts(
         )
 
 
-def _leaves(program: ModelProgram, groups: Sequence[Group], buffers: dict[str, Tensor]) -> Leaves:
-    """Return the parameters of every unit and layer as views of the buffers."""
+def _leaves(
+    program: ModelProgram, groups: Sequence[Group], buffers: dict[str, Tensor], rank: int
+) -> Leaves:
+    """Return the parameters of a pipeline rank's units and layers as views of the buffers."""
     table = {
         (leaf.path, layer): view
         for group in groups
@@ -191,7 +208,8 @@ def _leaves(program: ModelProgram, groups: Sequence[Group], buffers: dict[str, T
             table[path, index] if (path, index) in table else table[path, None]
             for path in program.units[name].leaves.values()
         ]
-        for name, index, _ in program.order
+        for (name, index, _), stage in zip(program.order, program.stages, strict=True)
+        if program.stage_rank[stage] == rank
     }
 
 

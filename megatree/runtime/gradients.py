@@ -12,61 +12,81 @@ from megatree.functional.chain import Chain
 from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import PIPELINE, Layout
 from megatree.parallel.model import ModelProgram, lower_model
+from megatree.parallel.packing import Group, pack, views
+from megatree.parallel.precision import Precision
 from megatree.runtime.executor import Executor
 from megatree.runtime.forward import BoundModel, TermKey, one_device
-from megatree.runtime.leaves import Leaves, buffers, held_groups
-from megatree.runtime.packing import Group, pack, store, views
+from megatree.runtime.leaves import Leaves, count_uses, held_groups
+from megatree.runtime.outputs import whole_metrics
+from megatree.runtime.stages import run_stages
+from megatree.runtime.sums import GradientSums
+from megatree.runtime.weights import Weights, unpack
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """A lowered model with its buffers on one rank; calling it fills `grads` in place.
+    """A lowered model with its buffers on one rank; calling it fills `sums` in place.
 
     Args:
         bound: the model bound to this rank.
         groups: the plan of the buffers.
-        params, grads: group name -> buffer [rows, elements].
+        weights: the parameters.
+        sums: their gradients.
         executor: runs the schedule.
+        precision: what is stored in which dtype.
     """
 
     bound: BoundModel
     groups: tuple[Group, ...]
-    params: dict[str, Tensor]
-    grads: dict[str, Tensor]
+    weights: Weights
+    sums: GradientSums
     executor: Executor
+    precision: Precision
 
     def __call__(
-        self, microbatches: Sequence[Mapping[str, Tensor]]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Compute the terms of the loss and, into `grads`, the gradient of their sum.
+        self, microbatches: Sequence[Mapping[str, Tensor]], *, scale: float = 1.0
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Compute the terms of the loss and, into `sums`, the gradient of their sum.
 
         Args:
             microbatches: local batches; every term is divided by its weight over all of them and
                 all ranks.
+            scale: multiplies the gradients (see `LossScale`).
 
         Returns:
-            The value of each term, and its weight, as scalars that all ranks share.
+            The value of each term, and its weight, as scalars that all ranks share; and the
+            metrics of all segments (see `whole_metrics`).
 
         Raises:
             ValueError: a term has no weight in the whole step (every token is masked).
         """
         leaves = self.executor.leaves
+        self.precision.check_microbatches(len(microbatches))
         schedule = self.bound.program.layout.schedule_for(len(microbatches))
         consts, weights = self._consts_and_weights(microbatches, self.bound)
         leaves.begin(len(microbatches))
-        sums = self.executor.run(schedule, consts, weights)
+        outputs = self.executor.run(schedule, consts, weights, scale=scale)
         leaves.finish()
-        return self._values(sums, weights), {key[2]: weight for key, weight in weights.items()}
+        return (
+            self._values([out.sums for out in outputs], weights),
+            {key[2]: weight for key, weight in weights.items()},
+            whole_metrics(self.bound.program, self.bound.comm, [out.metrics for out in outputs]),
+        )
 
     @torch.no_grad()
     def values(
         self, microbatches: Sequence[Mapping[str, Tensor]], bound: BoundModel | None = None
-    ) -> dict[str, Tensor]:
-        """Compute the terms of the loss without gradients, of this model or its evaluation form."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Compute the terms of the loss and the metrics without gradients, of this model or its
+        evaluation form.
+        """
         bound = bound or self.bound
         consts, weights = self._consts_and_weights(microbatches, bound)
-        executor = Executor(bound, self.executor.leaves)
-        return self._values([executor.evaluate(c) for c in consts], weights)
+        outputs = [run_stages(bound, self.executor.leaves.of, c) for c in consts]
+        return (
+            self._values([out.sums for out in outputs], weights),
+            whole_metrics(bound.program, bound.comm, [out.metrics for out in outputs]),
+        )
 
     def _consts_and_weights(
         self, microbatches: Sequence[Mapping[str, Tensor]], bound: BoundModel
@@ -130,35 +150,55 @@ def make_gradients(
     comm: RankComm,
     *,
     groups: tuple[Group, ...] | None = None,
+    precision: Precision = Precision(),  # noqa: B008 (frozen)
     transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
 ) -> Gradients:
-    """Allocate buffers for a lowered model and bind it to a rank; gradients in float32 or
-    better.
-    """
+    """Allocate buffers for a lowered model and bind it to a rank."""
     rank = comm.coords.get(PIPELINE, 0)
     groups = groups or pack(program, stage_rank=rank)
     bound = BoundModel(program, comm, transform=transform)
-    for other in range(program.layout.num_stage_ranks):  # every rank makes every group
-        for holders in held_groups(pack(program, stage_rank=other)):
-            comm.prepare_members(PIPELINE, holders)
-    params = buffers(groups, comm.device)
-    grads = buffers(groups, comm.device, grads=True)
-    leaves = Leaves(program, comm, groups, params, grads)
-    return Gradients(bound, groups, params, grads, Executor(bound, leaves))
+    everywhere = [
+        group
+        for other in range(program.layout.num_stage_ranks)  # every rank makes every set of ranks
+        for group in pack(program, stage_rank=other)
+    ]
+    comm.prepare(storage_axes(everywhere))
+    for holders in held_groups(everywhere):
+        comm.prepare_members(PIPELINE, holders)
+    weights = Weights(comm, groups)
+    sums = GradientSums(comm, groups, count_uses(program, comm, groups), precision)
+    leaves = Leaves(program, comm, weights, sums)
+    return Gradients(bound, groups, weights, sums, Executor(bound, leaves), precision)
+
+
+def storage_axes(groups: Sequence[Group]) -> list[tuple[str, ...]]:
+    """Return every tuple of mesh axes over which storage communicates, in a fixed order."""
+    found: set[tuple[str, ...]] = set()
+    for group in groups:
+        params, grads, opt = (group.axes(level) for level in ("params", "grads", "opt"))
+        for axes in (params, grads, opt, opt[len(params) :], opt[len(grads) :]):
+            found |= {axes, tuple(axis for axis in axes if axis in group.sync)}
+        found.add(tuple(axis for axis in group.sync if axis not in opt))
+    return sorted(axes for axes in found if axes)
 
 
 def value_and_grad(
-    model: Chain, layout: Layout, *, comm: RankComm | None = None
+    model: Chain,
+    layout: Layout,
+    *,
+    comm: RankComm | None = None,
+    precision: Precision = Precision(),  # noqa: B008 (frozen)
 ) -> Callable[[Any, Sequence[Mapping[str, Tensor]]], tuple[dict[str, Tensor], Any]]:
     """Return a function of (local parameters, local microbatches) to loss terms and local
     gradients.
 
-    Law: the loss and every gradient equal those of one device, for any layout.
+    Law: the loss and every gradient equal those of one device, for any layout and storage.
 
     Args:
         model: a chain.
-        layout: mesh and rules, and with a pipeline its placement and schedule.
+        layout: mesh, rules and storage, and with a pipeline its placement and schedule.
         comm: this rank's collectives; None for a layout of one rank.
+        precision: what is stored in which dtype.
 
     Returns:
         A function of a tree of local parameters (as `init(..., layout=, coords=)` gives) and a
@@ -168,14 +208,29 @@ def value_and_grad(
     Raises:
         ShardingError: the model cannot be typed under this layout.
     """
-    gradients = make_gradients(lower_model(model, layout), comm or one_device(layout))
+    gradients = make_gradients(
+        lower_model(model, layout), comm or one_device(layout), precision=precision
+    )
 
     def run(
         params: Any, microbatches: Sequence[Mapping[str, Tensor]]
     ) -> tuple[dict[str, Tensor], Any]:
-        store(gradients.groups, gradients.params, params)
-        values, _ = gradients(microbatches)
-        grads = views(gradients.groups, gradients.grads, model.params)
+        gradients.weights.fill(params)
+        values, _, _ = gradients(microbatches)
+        grads = views(gradients.groups, whole_gradients(gradients), model.params)
         return values, optree.tree_map(torch.clone, grads)  # the next call writes the buffers again
 
     return run
+
+
+def whole_gradients(gradients: Gradients) -> dict[str, Tensor]:
+    """Return the gradients of all parameters of this rank as rows of whole leaves."""
+    comm, shards = gradients.bound.comm, gradients.sums.shards()
+    out = {}
+    for group in gradients.groups:
+        part = shards[group.name]
+        if group.num_parts("opt") > 1:
+            rows = [comm.all_gather(row.contiguous(), group.axes("opt"), 0) for row in part]
+            part = torch.stack([unpack(group, row, torch.empty_like(row)) for row in rows])
+        out[group.name] = part
+    return out

@@ -1,138 +1,334 @@
-"""Parameters as autograd leaves over flat buffers, whose gradients flow back into flat buffers."""
+"""Parameters as autograd sees them: leaves over flat buffers, or rows gathered for each use."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatree.parallel.again import Keep
 from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import PIPELINE
 from megatree.parallel.model import ModelProgram
-from megatree.runtime.packing import Group
+from megatree.parallel.packing import Group, Leaf
+from megatree.runtime.sums import GradientSums
+from megatree.runtime.weights import Bucket, Wait, Weights
 
-Bucket = tuple[str, int]
+Key = tuple[str, int | None]
+"""(path, layer of the leaf's unit or None)."""
+
+Entry = tuple[str, int | None]
+"""(unit, layer index within its kind or None)."""
+
+
+class _Place(NamedTuple):
+    """Where a leaf is: its group, its row, itself."""
+
+    group: Group
+    row: int
+    leaf: Leaf
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.group.name, self.row
 
 
 class Leaves:
-    """A rank's parameters and gradients; works in place on its buffers.
+    """A rank's parameters for a forward, whose gradients flow into its sums.
 
-    A hook per leaf adds its gradient into the buffer and, when the last gradient of a row has
-    arrived, starts the row's sum over the ranks, under the rest of the backward.
+    A row that lies whole in memory is an autograd leaf per parameter, with a hook that adds its
+    gradient. A row that is stored cut is gathered when an entry of the program needs it, one entry
+    ahead, and given up when the next begins; what autograd saves of it is replaced by a note, and
+    gathered again in the backward. So at most two entries' rows are whole at any time.
     """
 
     def __init__(
-        self,
-        program: ModelProgram,
-        comm: RankComm,
-        groups: tuple[Group, ...],
-        params: Mapping[str, Tensor],
-        grads: Mapping[str, Tensor],
+        self, program: ModelProgram, comm: RankComm, weights: Weights, sums: GradientSums
     ) -> None:
-        self.comm, self.groups, self.params, self.grads = comm, groups, params, grads
-        self.by_path: dict[tuple[str, int | None], Tensor] = {}
-        self._adds: dict[int, Callable[[Tensor], None]] = {}
-        self._left: dict[Bucket, int] = {}
-        self._waits: list[Callable[[], None]] = []
-        for group in groups:
-            for row in range(group.num_rows):
-                layer = None if group.layers is None else group.layers[row]
-                for leaf in group.leaves:
-                    value = group.row(params[group.name], leaf, row).detach().requires_grad_()
-                    target = group.row(grads[group.name], leaf, row)
-                    self._adds[id(value)] = self._accumulate(group, row, target)
-                    value.register_post_accumulate_grad_hook(self._hook)
-                    self.by_path[leaf.path, layer] = value
-        rank = comm.coords.get(PIPELINE, 0)
-        self.entries = [
-            entry
-            for entry, stage in zip(program.order, program.stages, strict=True)
-            if program.stage_rank[stage] == rank
-        ]
-        self.of: dict[tuple[str, int | None], list[Tensor]] = {
-            (name, index): [
-                self.by_path[path, index if path.startswith(f"{name}.") else None]
-                for path in program.units[name].leaves.values()
-            ]
-            for name, index, _ in self.entries
-        }
-        self.uses = self._count_uses(program)
-
-    def _count_uses(self, program: ModelProgram) -> dict[Bucket, int]:
-        """Return how many gradients of a row arrive per microbatch: one per leaf and stage."""
-        stage_of = dict(zip(program.order, program.stages, strict=True))
-        stages: dict[int, set[int]] = {}
-        for entry in self.entries:
-            for leaf in self.of[entry[0], entry[1]]:
-                stages.setdefault(id(leaf), set()).add(stage_of[entry])
-        return {
-            (group.name, row): sum(
-                len(stages[id(self.by_path[leaf.path, layer])])
-                for leaf in group.leaves
-                for layer in [None if group.layers is None else group.layers[row]]
-            )
-            for group in self.groups
+        self.program, self.weights, self.sums = program, weights, sums
+        self.entries = entries_of(program, comm)
+        self._places = {
+            (leaf.path, group.layer(row)): _Place(group, row, leaf)
+            for group in weights.groups
             for row in range(group.num_rows)
+            for leaf in group.leaves
         }
+        self._keys = {entry: keys_of(program, entry) for entry in self.entries}
+        self._resident: dict[Key, Tensor] = {}
+        self._key_of: dict[int, Key] = {}
+        for key, (group, row, leaf) in self._places.items():
+            if group.num_parts("params") == 1:
+                value = group.whole(weights.stored[group.name][row], leaf)
+                value = value.detach().requires_grad_()
+                value.register_post_accumulate_grad_hook(self._hook)
+                self._resident[key], self._key_of[id(value)] = value, key
+        self._gathered = Gathered(weights)
+        self._rows = {
+            entry: list(
+                dict.fromkeys(self._places[key].bucket for key in keys if key not in self._resident)
+            )
+            for entry, keys in self._keys.items()
+        }
+        self._whole_rows = {
+            entry: list(
+                dict.fromkeys(self._places[key].bucket for key in keys if key in self._resident)
+            )
+            for entry, keys in self._keys.items()
+        }
+        self._tokens = {
+            bucket: torch.zeros((), device=comm.device, requires_grad=True)
+            for rows in self._rows.values()
+            for bucket in rows
+        }
+        self._after = dict(zip(self.entries, self.entries[1:], strict=False))
+        self._before = dict(zip(self.entries[1:], self.entries, strict=False))
+        self.cuts = bool(self._tokens)
 
-    def _accumulate(self, group: Group, row: int, target: Tensor) -> Callable[[Tensor], None]:
-        """Return what to do with a gradient of the leaf whose buffer is `target`."""
-        bucket = (group.name, row)
+    @property
+    def of(self) -> "Leaves":
+        """Entry -> its parameters, flat, in the program's order."""
+        return self
 
-        def accumulate(grad: Tensor) -> None:
-            target.add_(grad)
-            self._left[bucket] -= 1
-            if self._left[bucket] == 0:
-                self._sum(group, row)
+    def __getitem__(self, entry: Entry) -> Sequence[Tensor]:
+        return self.load(entry, self._after.get(entry))
 
-        return accumulate
+    def again(self, entries: Sequence[Entry]) -> "_Again":
+        """Return the parameters of entries that run a second time, before their backward."""
+        following: dict[Entry, Entry | None] = dict(pairwise(entries))
+        following[entries[-1]] = self._before.get(entries[-1])
+        return _Again(self, following)
+
+    def load(self, entry: Entry, following: Entry | None) -> Sequence[Tensor]:
+        """Return an entry's parameters, and start to gather those of the one that follows."""
+        for bucket in self._whole_rows[entry]:
+            self.weights.settle(bucket)
+        if not self._rows[entry]:
+            return [self._resident[key] for key in self._keys[entry]]
+        ahead = [] if following is None else self._rows[following]
+        rows = self._gathered.use(entry, self._rows[entry], ahead)
+        table = dict(self._resident)
+        for bucket, row in zip(self._rows[entry], rows, strict=True):
+            group = self.weights.by_name[bucket[0]]
+            values: Sequence[Tensor] = [group.whole(row, leaf) for leaf in group.leaves]
+            if torch.is_grad_enabled():
+                values = _Load.apply(self._tokens[bucket], self, bucket, row)
+            for leaf, value in zip(group.leaves, values, strict=True):
+                table[leaf.path, group.layer(bucket[1])] = value
+        return [table[key] for key in self._keys[entry]]
+
+    def keys(self, entry: Entry) -> list[Key]:
+        """Return the parameters of an entry, in the program's order."""
+        return self._keys[entry]
+
+    def inputs(self, entries: Sequence[Entry], without: set[Key]) -> dict[Key, Tensor]:
+        """Return what a backward asks gradients of: leaves, and for gathered rows their tokens.
+
+        Args:
+            entries: of a stage.
+            without: parameters whose gradients come another way.
+        """
+        out: dict[Key, Tensor] = {}
+        for entry in entries:
+            for key in self._keys[entry]:
+                if key in self._resident and key not in without:
+                    out[key] = self._resident[key]
+            for bucket in self._rows[entry]:
+                out[f"row {bucket[0]}", bucket[1]] = self._tokens[bucket]
+        return out
+
+    @property
+    def keep(self) -> Keep | None:
+        """How a forward keeps gathered rows for its backward: as notes; None if there are none."""
+        if not self.cuts or self.program.layout.remat.keep_weights:
+            return None
+        return _Notes(self)
+
+    def _read(self, saved: Any) -> Tensor:
+        if not isinstance(saved, _Note):
+            return saved
+        own = self._rows[saved.entry]
+        ahead = self._rows.get(self._before.get(saved.entry, saved.entry), [])
+        row = self._gathered.use(saved.entry, own, ahead)[own.index(saved.bucket)]
+        return row.as_strided(saved.shape, saved.stride, saved.offset)
 
     def _hook(self, leaf: Tensor) -> None:
         assert leaf.grad is not None
         grad, leaf.grad = leaf.grad, None
-        self.add(leaf, grad)
+        self.add(self._key_of[id(leaf)], grad)
 
-    def add(self, leaf: Tensor, grad: Tensor) -> None:
-        """Add a gradient that did not come through the leaf's hook."""
-        self._adds[id(leaf)](grad)
+    def add(self, key: Key, grad: Tensor, *, arrivals: int = 1) -> None:
+        """Add a gradient that did not come through autograd's leaf.
 
-    def _sum(self, group: Group, row: int) -> None:
-        if group.sync:
-            wait = self.comm.psum_async(self.grads[group.name][row], group.sync)
-            self._waits.append(wait)
+        Args:
+            key: the parameter.
+            grad: of the local whole leaf.
+            arrivals: of how many entries it is the sum.
+        """
+        place = self._places[key]
+        arrivals = arrivals if key not in self._resident else 1
+        self.sums.add(place.bucket, place.leaf, grad, arrivals=arrivals)
 
     def begin(self, num_microbatches: int) -> None:
-        """Start a step: gradients are zero, and every row waits for all its gradients."""
-        for buffer in self.grads.values():
-            buffer.zero_()
-        self._left = {bucket: count * num_microbatches for bucket, count in self.uses.items()}
+        """Start a step."""
+        self.sums.begin(num_microbatches)
 
     def finish(self) -> None:
-        """End a step: sums of rows that some leaf did not reach, then of leaves held by stages."""
-        for group in self.groups:
-            for row in range(group.num_rows):
-                if self._left[group.name, row] > 0:
-                    self._sum(group, row)
-        for wait in self._waits:
-            wait()
-        self._waits.clear()
-        for group in self.groups:
-            if group.holders:
-                buffer = self.grads[group.name]
-                buffer.copy_(self.comm.psum_members(buffer, PIPELINE, group.holders))
+        """End a step: every gradient is reduced into its storage."""
+        self._gathered.release()
+        self.sums.finish()
+
+
+class _Again(NamedTuple):
+    """Leaves in the order in which a second run and its backward need them."""
+
+    leaves: Leaves
+    following: Mapping[Entry, Entry | None]
+
+    def __getitem__(self, entry: Any) -> Any:
+        return self.leaves.load(entry, self.following[entry])
+
+
+class _Notes(Keep):
+    """Keeps a note instead of a view of a gathered row."""
+
+    def __init__(self, leaves: Leaves) -> None:
+        self.leaves = leaves
+
+    def pack(self, x: Tensor) -> Any:
+        """Return a note for a view of a gathered row, anything else as it is."""
+        return self.leaves._gathered.note(x)
+
+    def unpack(self, kept: Any) -> Tensor:
+        """Return the view, of a row that is gathered again if need be."""
+        return self.leaves._read(kept)
+
+
+class _Note(NamedTuple):
+    """What is saved instead of a view of a gathered row."""
+
+    entry: Entry
+    bucket: Bucket
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Gathered:
+    """Rows that are whole at the moment, and those on their way."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.here: dict[Bucket, Tensor] = {}
+        self.coming: dict[Bucket, Wait] = {}
+        self.entry: Entry | None = None
+        self.version = weights.version
+
+    def use(
+        self, entry: Entry | None, rows: Sequence[Bucket], ahead: Sequence[Bucket]
+    ) -> list[Tensor]:
+        """Return whole rows for an entry, start on those ahead, and give up all others."""
+        self.entry = entry
+        if self.version != self.weights.version:
+            self.version = self.weights.version
+            self.release()  # they are of weights before an update
+        for bucket in list(self.here):
+            if bucket not in rows and bucket not in ahead:
+                del self.here[bucket]
+        for bucket in list(self.coming):
+            if bucket not in rows and bucket not in ahead:
+                self.coming.pop(bucket)()
+        for bucket in rows:
+            if bucket not in self.here:
+                wait = self.coming.pop(bucket, None) or self.weights.gather(bucket)
+                self.here[bucket] = wait()
+        for bucket in ahead:
+            if bucket not in self.here and bucket not in self.coming:
+                self.coming[bucket] = self.weights.gather(bucket)
+        return [self.here[bucket] for bucket in rows]
+
+    def release(self) -> None:
+        """Give up all rows."""
+        self.here.clear()
+        for wait in self.coming.values():
+            wait()  # every gather that began must end, on every rank
+        self.coming.clear()
+
+    def note(self, x: Tensor) -> Tensor | _Note:
+        """Return a note for a view of a row that is here, anything else as it is."""
+        at = x.untyped_storage().data_ptr()
+        for bucket, row in self.here.items():
+            if row.untyped_storage().data_ptr() == at:
+                assert self.entry is not None
+                offset = int(x.storage_offset())
+                return _Note(self.entry, bucket, tuple(x.shape), x.stride(), offset)
+        return x
+
+
+class _Load(torch.autograd.Function):
+    """A gathered row as parameters; the backward hands their gradients to the sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, leaves: Leaves, bucket: Bucket, row: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.leaves, ctx.bucket = leaves, bucket
+        group = leaves.weights.by_name[bucket[0]]
+        return tuple(group.whole(row, leaf) for leaf in group.leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        group = ctx.leaves.weights.by_name[ctx.bucket[0]]
+        for leaf, grad in zip(group.leaves, grads, strict=True):
+            if grad is not None:
+                ctx.leaves.sums.add(ctx.bucket, leaf, grad)
+        return None, None, None, None
+
+
+def entries_of(program: ModelProgram, comm: RankComm) -> list[Entry]:
+    """Return the (unit, layer index) that a rank runs, in order."""
+    rank = comm.coords.get(PIPELINE, 0)
+    return [
+        (name, index)
+        for (name, index, _), stage in zip(program.order, program.stages, strict=True)
+        if program.stage_rank[stage] == rank
+    ]
+
+
+def keys_of(program: ModelProgram, entry: Entry) -> list[Key]:
+    """Return the parameters of an entry, in the program's order."""
+    name, index = entry
+    return [
+        (path, index if path.startswith(f"{name}.") else None)
+        for path in program.units[name].leaves.values()
+    ]
+
+
+def count_uses(program: ModelProgram, comm: RankComm, groups: Sequence[Group]) -> dict[Bucket, int]:
+    """Return how many gradients of a row arrive per microbatch.
+
+    One per leaf and stage, as autograd adds up a leaf's uses; of a row that is stored cut one per
+    leaf and entry, as every entry gathers its own.
+    """
+    rank = comm.coords.get(PIPELINE, 0)
+    places: dict[Key, list[tuple[int, Entry]]] = {}
+    for (name, index, _), stage in zip(program.order, program.stages, strict=True):
+        if program.stage_rank[stage] == rank:
+            for key in keys_of(program, (name, index)):
+                places.setdefault(key, []).append((stage, (name, index)))
+
+    def count(group: Group, key: Key) -> int:
+        cut = group.num_parts("params") > 1
+        return len({entry if cut else stage for stage, entry in places[key]})
+
+    return {
+        (group.name, row): sum(count(group, (leaf.path, group.layer(row))) for leaf in group.leaves)
+        for group in groups
+        for row in range(group.num_rows)
+    }
 
 
 def held_groups(groups: Sequence[Group]) -> list[tuple[int, ...]]:
     """Return the sets of pipeline ranks that hold a leaf together, in a fixed order."""
     return sorted({group.holders for group in groups if group.holders})
-
-
-def buffers(
-    groups: tuple[Group, ...], device: torch.device, *, grads: bool = False
-) -> dict[str, Tensor]:
-    """Allocate parameter buffers, or gradient buffers in float32 or better."""
-    return {
-        group.name: group.allocate(
-            torch.promote_types(group.dtype, torch.float32) if grads else group.dtype, device
-        )
-        for group in groups
-    }

@@ -3,13 +3,16 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, cast
@@ -19,9 +22,13 @@ import torch.distributed as dist
 
 from megatree.io.world import World
 from megatree.runtime.refusals import refusal
+from megatree.runtime.watchdog import HUNG
 
 _GRACE = 0.3
 """Seconds to wait for other reports: peers of a dead rank fail too, sometimes before it is seen."""
+
+_BOARD = "megatree."
+"""What the keys of texts in the store begin with."""
 
 _EXIT = 5.0
 """Seconds that a rank which has reported may take to end by itself."""
@@ -45,26 +52,64 @@ def current_world() -> World:
     return world_of_group() if dist.is_initialized() else World.single()
 
 
-def world_of_group() -> World:
-    """Return the initialised process group as a World."""
+def background_world() -> World:
+    """Return the processes over connections of their own, for a thread beside the training.
+
+    Every rank calls it. Messages of two threads over the same connections would be taken for each
+    other's.
+    """
+    if not dist.is_initialized():
+        return World.single()
+    # In time the waiting for a rank whose disk is slow; a rank that is gone ends the job anyway.
+    return world_of_group(dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
+
+
+def world_of_group(group: dist.ProcessGroup | None = None) -> World:
+    """Return a process group of all ranks as a World; None is the initialised one."""
 
     def gather(value: Any) -> list[Any]:
         out: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(out, value)
+        dist.all_gather_object(out, value, group=group)
         return out
 
     def broadcast(value: Any) -> Any:
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=group)
         return box[0]
 
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
-        barrier=lambda: cast(None, dist.barrier()),
+        barrier=lambda: cast(None, dist.barrier(group)),
         gather=gather,
         broadcast=broadcast,
     )
+
+
+class GroupBoard:
+    """Texts that the processes of the initialised group leave in its store."""
+
+    def __init__(self) -> None:
+        store = dist.distributed_c10d._get_default_store()
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        # A connection of its own: the process's own may be in use by a call that hangs.
+        self.store = cast(Any, store).clone()
+
+    def post(self, key: str, text: str) -> None:
+        """Leave a text."""
+        self.store.set(f"{_BOARD}{key}", text)
+
+    def read(self, key: str) -> str | None:
+        """Return a text, None if it is not there (yet)."""
+        key = f"{_BOARD}{key}"
+        return self.store.get(key).decode() if self.store.check([key]) else None
+
+    def first(self, key: str) -> bool:
+        """Leave "1" there; whether no rank has done so before."""
+        first = self.store.add(f"{_BOARD}{key}.count", 1) == 1
+        self.post(key, "1")
+        return first
 
 
 def under_torchrun() -> bool:
@@ -126,7 +171,8 @@ def launch(
                 far.close()
                 processes.append(process)
                 pipes.append(pipe)
-            result = _wait(processes, pipes)
+            with forwarded(signal.SIGTERM, processes):
+                result = _wait(processes, pipes, partial(_last_words, f"{folder}/store", nproc))
             for process in processes:  # what a rank has started (compilers) it also cleans up
                 process.join(_EXIT)
             return result
@@ -145,15 +191,48 @@ class _Failure(NamedTuple):
     refusal: str | None
 
 
-def _wait(processes: list[BaseProcess], pipes: list[connection.Connection]) -> Any:
+@contextmanager
+def forwarded(number: signal.Signals, processes: Sequence[BaseProcess]) -> Generator[None]:
+    """Hand a signal that this process gets to others, which know what to do about it.
+
+    Python handles signals in the main thread alone: in another one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hand_on(*_: object) -> None:
+        for process in processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    before = signal.signal(number, hand_on)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _last_words(store: str, nproc: int) -> str | None:
+    """Return the report that a watchdog left before it ended its rank."""
+    left = dist.FileStore(store, nproc)
+    key = f"{_BOARD}hang.report"
+    return left.get(key).decode() if left.check([key]) else None
+
+
+def _wait(
+    processes: list[BaseProcess],
+    pipes: list[connection.Connection],
+    last_words: Callable[[], str | None],
+) -> Any:
     results: dict[int, Any] = {}
     failures: list[_Failure] = []
     open_pipes = dict(enumerate(pipes))
     while open_pipes and not failures:
-        failures += _read(open_pipes, processes, results, None)
+        failures += _read(open_pipes, processes, results, last_words, None)
     if failures:
         while open_pipes:
-            more = _read(open_pipes, processes, results, _GRACE)
+            more = _read(open_pipes, processes, results, last_words, _GRACE)
             if not more:
                 break
             failures += more
@@ -167,6 +246,7 @@ def _read(
     open_pipes: dict[int, connection.Connection],
     processes: list[BaseProcess],
     results: dict[int, Any],
+    last_words: Callable[[], str | None],
     timeout: float | None,
 ) -> list[_Failure]:
     """Take the reports that are ready; return the failures among them, the dead ones foremost."""
@@ -179,8 +259,9 @@ def _read(
         except EOFError:
             processes[rank].join(1.0)
             code = processes[rank].exitcode
-            text = f"the process died without a word (exit code {code})"
-            failures.append(_Failure(0.0, rank, text, None))
+            told = last_words() if code == HUNG else None
+            text = told or f"the process died without a word (exit code {code})"
+            failures.append(_Failure(0.0, rank, text, told))
             continue
         if text:
             failures.append(_Failure(time_s, rank, text, value))
@@ -205,7 +286,7 @@ def _rank_main(
         device = local_device(rank) if torch.cuda.device_count() >= nproc else torch.device("cpu")
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{store}",
+            store=dist.FileStore(store, nproc),
             rank=rank,
             world_size=nproc,
             timeout=timedelta(seconds=timeout_s),

@@ -2,43 +2,34 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatree.io.checkpoint import latest, load_extra, step_name
+from megatree.io.checkpoint import Saver, latest, load_extra, step_name
+from megatree.io.checkpoint.manifest import MANIFEST_FILE
+from megatree.io.checkpoint.place import place_of
+from megatree.io.data.loader import Loader, Share
+from megatree.io.data.stream import Batches
 from megatree.io.world import World
 from megatree.parallel.model import ModelProgram
+from megatree.parallel.order import natural_ranges
 from megatree.runtime import pieces
-from megatree.runtime.agreement import check_agreement, code_version, describe, digest, plan_text
+from megatree.runtime.agreement import check_agreement, code_facts, describe, digest, plan_text
+from megatree.runtime.batch_ramp import BatchRamp
+from megatree.runtime.health import Health, Vitals, check_step
+from megatree.runtime.invariants import check_invariant
+from megatree.runtime.meter import meter
+from megatree.runtime.recorded import Recorder
+from megatree.runtime.signals import StopRequest
 from megatree.runtime.step import Metrics, TrainState, TrainStep
 
 Report = Callable[[str, Mapping[str, Any]], None]
-"""What rank 0 does with news: a kind ("step", "eval", "saved") and its fields."""
-
-
-class Samples(Protocol):
-    """Samples in an order that depends on the number consumed only (see `TokenDataset`)."""
-
-    @property
-    def seq(self) -> int:
-        """Tokens in a row."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Digest of all that decides the samples and their order."""
-        ...
-
-    def batch(
-        self, consumed: int, num_samples: int, *, rows: tuple[int, int] | None = None
-    ) -> Mapping[str, Any]:
-        """Return rows of the samples that follow the first `consumed` ones."""
-        ...
+"""What rank 0 does with news: a kind ("step", "eval", "saved", "odd", "stopped"), its fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +38,53 @@ class Loop:
 
     Args:
         steps: step count at which it is over.
-        global_batch: samples per step.
+        global_batch: samples per step; a ramp makes it a function of the samples consumed.
         microbatch: samples that go through the model at once, over all ranks.
         log_every: steps between reports.
         eval_every: steps between evaluations, beside the one at the end; 0 for that one alone.
         save_every: steps between checkpoints, beside the one at the end; 0 for that one alone.
-        directory: folder of the checkpoints; "" saves none.
+        directory: folder of the checkpoints, or an fsspec URL; "" saves none.
     """
 
     steps: int
-    global_batch: int
+    global_batch: int | BatchRamp
     microbatch: int
     log_every: int = 1
     eval_every: int = 0
     save_every: int = 0
     directory: str = ""
 
+    def batch(self, consumed: int) -> int:
+        """Return the samples of the step that starts after `consumed` ones."""
+        ramp = self.global_batch
+        return ramp if isinstance(ramp, int) else ramp.batch(consumed)
+
+    def consumed_after(self, consumed: int, num_steps: int) -> int:
+        """Return the samples consumed when `num_steps` more steps are made."""
+        for _ in range(num_steps):
+            consumed += self.batch(consumed)
+        return consumed
+
     def due(self, step: int, every: int) -> bool:
         """Whether what happens every so many steps, and at the end, happens after this step."""
         return step == self.steps or (every > 0 and step % every == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Care:
+    """What a run is looked after with.
+
+    Args:
+        health: what is looked at after every step.
+        stop: a request to stop, as signals make it; None heeds none.
+        recorder: of this rank's calls, to find where a value first was not finite.
+        peak_flops: FLOP/s of one device for MFU; None for what is known of it.
+    """
+
+    health: Health = field(default_factory=Health)
+    stop: StopRequest | None = None
+    recorder: Recorder | None = None
+    peak_flops: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,27 +94,37 @@ class Progress:
     Args:
         state: this rank's part of the training state.
         consumed: samples dealt so far.
+        vitals: what a checkpoint kept of the steps before (see `Vitals`).
+        told: what of the checkpoint was not taken as it is, and why, for the report.
     """
 
     state: TrainState
     consumed: int = 0
+    vitals: Mapping[str, Any] = field(default_factory=dict)
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_start(
-    world: World, config: Any, program: ModelProgram, data: Mapping[str, Samples]
-) -> None:
+def check_start(world: World, config: Any, program: ModelProgram) -> None:
     """Compare what the ranks are about to run; call it before any group of ranks is made.
 
     Raises:
         ValueError: names the first field that differs, with both values and ranks.
     """
     facts = {f"config.{field}": text for field, text in describe(config).items()}
-    facts |= {f"data.{name}": samples.identity for name, samples in data.items()}
     facts |= {
-        "code": f"{code_version()} on torch {torch.__version__}",
+        **code_facts(),
         "plan": digest(plan_text(program)),
     }
     check_agreement(world, facts)
+
+
+def check_data(world: World, data: Mapping[str, Batches]) -> None:
+    """Compare what the ranks are about to read.
+
+    Raises:
+        ValueError: names the first data that differ, with both digests and ranks.
+    """
+    check_agreement(world, {f"data.{name}": samples.identity for name, samples in data.items()})
 
 
 def find_checkpoint(world: World, directory: str, resume: str) -> str:
@@ -124,7 +153,8 @@ def _find_checkpoint(directory: str, resume: str) -> str:
                 "would have to replace them. Remove them, save elsewhere, or resume 'auto'."
             )
         return ""
-    chosen = Path(resume) if (Path(resume) / "manifest.msgpack").exists() else latest(resume)
+    named = place_of(resume)
+    chosen = named if named.holds(MANIFEST_FILE) else latest(resume)
     if chosen is None:
         raise ValueError(
             f"{resume}: no checkpoint and no folder of checkpoints. Give one, or resume 'auto'."
@@ -137,7 +167,16 @@ def _find_checkpoint(directory: str, resume: str) -> str:
     return str(chosen)
 
 
-def begin(step: TrainStep, path: str, *, data: Samples, world: World) -> Progress:
+def begin(
+    step: TrainStep,
+    path: str,
+    *,
+    data: Batches,
+    world: World,
+    weights: str = "",
+    skip: Sequence[str] = (),
+    masters: Literal["keep", "drop"] = "keep",
+) -> Progress:
     """Return the first state of a run, or the one in a checkpoint; every rank calls it.
 
     Args:
@@ -145,51 +184,75 @@ def begin(step: TrainStep, path: str, *, data: Samples, world: World) -> Progres
         path: a checkpoint written under any layout; "" starts anew.
         data: the samples to train on.
         world: the processes.
+        weights: a checkpoint of other data whose parameters a run that starts anew begins with.
+        skip: glob patterns of parameters that are not taken from `weights`.
+        masters: what happens to float32 masters of `path` that the run keeps no copies of.
 
     Raises:
         ValueError: the checkpoint is of another model, or was trained on other samples.
     """
+    if not path and weights:
+        loaded = pieces.load_weights(weights, step, world, skip=skip)
+        return Progress(state=loaded.state, told=_told(loaded))
     if not path:
         return Progress(state=step.init())
     extra = world.broadcast(world.on_first(lambda: load_extra(path)))
     if extra.get("data") != data.identity:
         raise ValueError(
-            f"{path}: was trained on other samples (text, tokenizer, sequence length or seed), so "
-            f"{extra.get('consumed')} consumed samples mean nothing here. Use the data and seed of "
-            "its config.json, or start anew in another folder."
+            f"{path}: was trained on other samples (files, split, sequence length, options or "
+            f"seed), so {extra.get('consumed')} consumed samples mean nothing here. Use the data "
+            "settings of its config.json, or start anew in another folder."
         )
-    state, extra = pieces.load(path, step, world)
-    return Progress(state=state, consumed=extra["consumed"])
+    loaded = pieces.load_state(path, step, world, masters=masters)
+    return Progress(
+        state=loaded.state,
+        consumed=loaded.extra["consumed"],
+        vitals=loaded.extra.get("vitals", {}),
+        told=_told(loaded),
+    )
 
 
-def local_batch(
-    step: TrainStep, data: Samples, *, consumed: int, num_samples: int
-) -> dict[str, Tensor]:
-    """Read this rank's part of a microbatch: its rows and no others."""
-    boxes = step.batch_boxes()
-    batch = data.batch(consumed, num_samples, rows=boxes["tokens"][0])
+def _told(loaded: pieces.LoadedState) -> dict[str, Any]:
+    told = {"skipped": list(loaded.skipped), "masters": loaded.masters}
+    return {key: value for key, value in told.items() if value}
+
+
+def share_of(step: TrainStep, microbatch: int) -> Share:
+    """Return the part of every microbatch that this rank reads: its rows and columns."""
+    rows, columns = step.batch_boxes()["tokens"]
+    size = step.program.model.sizes["seq"]
+    if columns == (0, size):
+        return Share(microbatch_size=microbatch, rows=rows)
+    if step.program.consts.types["batch.tokens"].permuted:
+        # Labels were shifted before, over the whole row: a chunk's last one is in another chunk.
+        places = natural_ranges(size, step.program.layout.num_chunks, *columns)
+        picked = np.concatenate([np.arange(a, b) for a, b in places])
+        return Share(microbatch_size=microbatch, rows=rows, columns=picked)
+    return Share(microbatch_size=microbatch, rows=rows, columns=columns)
+
+
+def on_device(step: TrainStep, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Move what a rank has read to its device; from pinned memory without waiting.
+
+    Raises:
+        ValueError: the data and the model do not name the same entries.
+    """
+    needed = set(step.program.model.batch) - {"key"}
+    if odd := sorted(needed.symmetric_difference(batch)):
+        which = "lacks" if odd[0] in needed else "has"
+        raise ValueError(
+            f"data: a row {which} {odd[0]!r}: the model reads {', '.join(sorted(needed))}, and the "
+            f"data give {', '.join(sorted(batch))}. Choose options of the data that fit the model."
+        )
     device = step.gradients.bound.comm.device
-    return {
-        name: torch.as_tensor(array)[
-            (slice(None), *(slice(start, stop) for start, stop in boxes[name][1:]))
-        ].to(device)
-        for name, array in batch.items()
-    }
+    return {name: torch.as_tensor(x).to(device, non_blocking=True) for name, x in batch.items()}
 
 
-def local_batches(
-    step: TrainStep, data: Samples, *, consumed: int, num_samples: int, microbatch: int
-) -> list[dict[str, Tensor]]:
-    """Read this rank's part of the microbatches that make up the next samples."""
-    return [
-        local_batch(step, data, consumed=consumed + at, num_samples=microbatch)
-        for at in range(0, num_samples, microbatch)
-    ]
-
-
-def evaluate(step: TrainStep, data: Samples, *, num_samples: int, microbatch: int) -> float:
+def evaluate(step: TrainStep, data: Batches, *, num_samples: int, microbatch: int) -> float:
     """Return the loss over the first samples of a held-out order; every rank calls it."""
-    batches = local_batches(step, data, consumed=0, num_samples=num_samples, microbatch=microbatch)
+    share = share_of(step, microbatch)
+    with Loader(data, batch_size=num_samples, share=share, prefetch=0) as loader:
+        batches = [on_device(step, part) for part in next(loader).microbatches]
     return sum(value.item() for value in step.evaluate(batches).values())
 
 
@@ -198,12 +261,14 @@ def train(
     progress: Progress,
     loop: Loop,
     *,
-    data: Samples,
+    data: Batches,
     lr: Callable[[int], float],
     world: World,
     valid: Callable[[], float] | None = None,
     extra: Mapping[str, Any] | None = None,
     report: Report = lambda kind, fields: None,
+    care: Care = Care(),
+    saver: Saver | None = None,
 ) -> Progress:
     """Train up to `loop.steps`; every rank calls it.
 
@@ -220,53 +285,130 @@ def train(
         valid: computes the held-out loss, on all ranks together; None evaluates never.
         extra: small values to keep in checkpoints.
         report: called on rank 0.
+        care: what the run is looked after with.
+        saver: writes the checkpoints, perhaps while training goes on; None waits for each.
 
     Returns:
-        Where the run is now.
+        Where the run is now: at `loop.steps`, or before if it was asked to stop.
 
     Raises:
-        ValueError: the loss is no number any more, or a checkpoint exists already.
+        ValueError: something is wrong with a step (see `check_step`, `check_invariant`), or a
+            checkpoint exists already.
+        OSError: a checkpoint cannot be written; with a saver in the background, a step later.
     """
-    state, consumed = progress.state, progress.consumed
-    logged, clock = state.step, time.perf_counter()
+    loader = Loader(
+        data,
+        batch_size=loop.batch,
+        share=share_of(step, loop.microbatch),
+        consumed=progress.consumed,
+        stop=loop.consumed_after(progress.consumed, loop.steps - progress.state.step),
+        pin=step.gradients.bound.comm.device.type == "cuda",
+    )
+    vitals = Vitals(care.health)
+    vitals.restore(progress.vitals)
+    measured = meter(step.program, step.comm.device, care.peak_flops)
     tell = report if world.rank == 0 else _say_nothing
-    while state.step < loop.steps:
-        batches = local_batches(
-            step, data, consumed=consumed, num_samples=loop.global_batch, microbatch=loop.microbatch
-        )
-        state, metrics = step(state, batches)
-        consumed += loop.global_batch
-        evaluates = valid is not None and loop.due(state.step, loop.eval_every)
-        saves = bool(loop.directory) and loop.due(state.step, loop.save_every)
-        if evaluates or saves or loop.due(state.step, loop.log_every):
-            fields = _numbers(state.step, metrics)
-            ms = _ms_since(clock) / (state.step - logged)
-            speed = {"lr": lr(state.step - 1), "ms": ms}
-            speed["tokens_per_s"] = loop.global_batch * data.seq / ms * 1e3
-            tell("step", {**fields, **speed, "consumed": consumed})
-            logged, clock = state.step, time.perf_counter()
-        if evaluates and valid is not None:
-            loss = valid()
-            tell("eval", {"step": state.step, "valid_loss": loss, "ms": _ms_since(clock)})
-            clock = time.perf_counter()
-        if saves:
-            path = str(Path(loop.directory) / step_name(state.step))
-            facts = {**(extra or {}), "consumed": consumed, "data": data.identity}
-            pieces.save(path, step, state, world, extra=facts)
-            tell("saved", {"step": state.step, "path": path, "ms": _ms_since(clock)})
-            clock = time.perf_counter()
-    return Progress(state=state, consumed=consumed)
+    state, consumed = progress.state, progress.consumed
+    logged, before, clock = state.step, consumed, time.perf_counter()
+    stops, held_out = False, math.nan
+    saver = saver or Saver(world)
+    with loader, saver:
+        while state.step < loop.steps and not stops:
+            batches = [on_device(step, part) for part in next(loader).microbatches]
+            if care.recorder is None or state.step == progress.state.step:
+                state, metrics = step(state, batches)  # the first one may compile for long
+            else:
+                state, metrics = care.recorder.alone("step", step, state, batches)
+            consumed = loader.consumed
+            _look(vitals, step, state, metrics, batches, consumed, world, care, tell)
+            _tell_saved(saver, tell)
+            stops = _asked(step, state, loop, care)
+            evaluates = valid is not None and not stops and loop.due(state.step, loop.eval_every)
+            saves = bool(loop.directory) and (stops or loop.due(state.step, loop.save_every))
+            if evaluates or saves or loop.due(state.step, loop.log_every):
+                seconds = time.perf_counter() - clock
+                fields = {
+                    **_numbers(state, metrics),
+                    "lr": lr(max(0, state.updates - 1)),
+                    "ms": seconds / (state.step - logged) * 1e3,
+                    **measured.rates((consumed - before) // loop.microbatch, seconds),
+                    "memory_bytes": measured.memory(),
+                    "consumed": consumed,
+                }
+                tell("step", fields)
+                logged, before, clock = state.step, consumed, time.perf_counter()
+            if evaluates and valid is not None:
+                held_out = valid()
+                tell("eval", {"step": state.step, "valid_loss": held_out, "ms": _ms_since(clock)})
+                clock = time.perf_counter()
+            if saves:
+                path = str(place_of(loop.directory) / step_name(state.step))
+                told = {"loss": metrics.loss.item()}
+                facts = {
+                    **(extra or {}),
+                    "consumed": consumed,
+                    "data": data.identity,
+                    # every random number is a function of the seed, the step and its place
+                    "rng": {"seed": step.seed, "step": state.step},
+                    "schedule": {"updates": state.updates, "lr": lr(state.updates)},
+                    "metrics": {**told, "valid_loss": held_out} if evaluates else told,
+                }
+                if kept := vitals.to_json():
+                    facts["vitals"] = kept
+                pieces.save(path, step, state, world, extra=facts, saver=saver)
+                if stops or state.step == loop.steps:
+                    saver.wait()
+                _tell_saved(saver, tell)
+                clock = time.perf_counter()
+            if stops:
+                tell("stopped", {"step": state.step, "saved": saves})
+    state.weights.settle()
+    return Progress(state=state, consumed=consumed, vitals=vitals.to_json())
 
 
-def _numbers(step: int, metrics: Metrics) -> dict[str, Any]:
-    """Return the step's loss and gradient norm; refuse to go on when they are no numbers."""
-    loss, norm = metrics.loss.item(), metrics.grad_norm.item()
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise ValueError(
-            f"step {step}: the loss is {loss} and the norm of the gradients {norm}. Lower the "
-            "learning rate or lengthen its warm-up; the last checkpoint is whole."
-        )
-    return {"step": step, "loss": loss, "grad_norm": norm}
+def _look(
+    vitals: Vitals,
+    step: TrainStep,
+    state: TrainState,
+    metrics: Metrics,
+    batches: Sequence[Mapping[str, Tensor]],
+    consumed: int,
+    world: World,
+    care: Care,
+    tell: Report,
+) -> None:
+    """Look at a step that was made; refuse to go on when something is wrong."""
+    odd = check_step(vitals, step, state, metrics, batches, world, recorder=care.recorder)
+    if odd is not None:
+        tell("odd", {"step": state.step, "text": odd})
+    every = care.health.invariant_every
+    if every and state.step % every == 0:
+        facts = {"consumed": consumed, "seed": step.seed, "vitals": vitals.to_json()}
+        check_invariant(step, state, world, facts=facts)
+
+
+def _asked(step: TrainStep, state: TrainState, loop: Loop, care: Care) -> bool:
+    """Whether the run stops after this step, which is not its last, as some rank was asked to."""
+    return care.stop is not None and state.step < loop.steps and care.stop.agreed(step.comm)
+
+
+def _numbers(state: TrainState, metrics: Metrics) -> dict[str, Any]:
+    """Return what a step reports, as plain numbers."""
+    return {
+        "step": state.step,
+        "loss": metrics.loss.item(),
+        "terms": {name: value.item() for name, value in metrics.terms.items()},
+        "grad_norm": metrics.grad_norm.item(),
+        "skipped": state.skipped,
+        "loss_scale": metrics.loss_scale,
+    }
+
+
+def _tell_saved(saver: Saver, tell: Report) -> None:
+    """Report the checkpoints that are complete, or raise what kept one from being so."""
+    for saved in saver.poll():
+        fields = {"step": saved.step, "path": saved.path, "ms": saved.stall_s * 1e3}
+        tell("saved", {**fields, "total_ms": saved.total_s * 1e3, "removed": list(saved.removed)})
 
 
 def _say_nothing(kind: str, fields: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import torch
 from megatree.models.gpt import GPTConfig, gpt
 from megatree.parallel.comm import OneDevice
 from megatree.parallel.layout import Layout
-from megatree.runtime.adamw import adamw
+from megatree.runtime.optimizers import adamw
 from megatree.runtime.step import train_step
 
 pytestmark = [

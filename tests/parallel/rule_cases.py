@@ -278,6 +278,7 @@ def _choose(f: Any, c: Any, x: Any, y: Any) -> Any:
 KEY = torch.tensor(7)
 Q, K, V = real(2, 4, 2, 2, 4), real(2, 4, 2, 4), real(2, 4, 2, 6)
 PLACES = torch.tensor([2, 0, 1, 3])
+DOCUMENTS = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
 TABLE = F.rope_table(PLACES, 4, dtype=torch.float64)
 
 VOCABULARY: dict[str, list[Case]] = {
@@ -314,6 +315,8 @@ VOCABULARY: dict[str, list[Case]] = {
         called(lambda f, q, k, v, p: f(q, k, v, p, causal=False, window=2), Q, K, V, PLACES),
         called(lambda f, q, k, v, p: f(q, k, v, p), Q, K, V, torch.stack([PLACES, PLACES])),
         called(lambda f, q, k, v, n: f(q, k, v, key=n, dropout=0.3), Q, K, V, KEY),
+        called(lambda f, q, k, v, d: f(q, k, v, segment_ids=d), Q, K, V, DOCUMENTS),
+        called(lambda f, q, k, v, s: f(q, k, v, sinks=s), Q, K, V, real(2, 2)),
     ],
 }
 """Name in `megatree.functional` -> its calls."""

@@ -58,17 +58,40 @@ def changed(**groups: Any) -> RunConfig:
             "Set mesh.dp to 1, or name it in a rule.",
         ),
         (
-            lambda: changed(data={"valid_fraction": 0.0}),
-            "data.valid_fraction: 0 holds nothing out, but train.eval_every is 100. "
-            "Set data.valid_fraction to 0.01, or train.eval_every to 0.",
+            lambda: changed(data={"split": "1,0"}),
+            "data.split: '1,0' holds nothing out, but train.eval_every is 100. "
+            "Set data.split to 969,30,1, or train.eval_every to 0.",
         ),
         (
             lambda: MeshConfig(tp=0),
             "mesh.tp: 0. Give at least 1.",
         ),
         (
-            lambda: DataConfig(valid_fraction=1.0),
-            "data.valid_fraction: 1.0 is not a share. Use one in [0, 1).",
+            lambda: DataConfig(prefix=("a",), text="demo"),
+            "data.text: 'demo' beside 1 words of data.prefix. "
+            'Set data.text to "" to train on files, or leave data.prefix out.',
+        ),
+        (
+            lambda: DataConfig(text="demo", kind="chat"),
+            "data.kind: needs files. Name them in data.prefix.",
+        ),
+        (
+            lambda: DataConfig(prefix=("a",), kind="packed", reset_attention=True),
+            "data.reset_attention: rows of kind 'packed' do not know it. Leave it out, or set "
+            "data.kind to gpt.",
+        ),
+        (
+            lambda: DataConfig(seed=1 << 32),
+            "data.seed: 4294967296 is out of range. Use one in [0, 2**32).",
+        ),
+        (
+            lambda: DataConfig(samples=-1),
+            "data: samples -1 and deadline_s 3600 count things. "
+            "Give at least 0 samples, and a second or more.",
+        ),
+        (
+            lambda: DataConfig(fim_rate=1.5),
+            "data.fim_rate: 1.5 is no share. Use one in [0, 1].",
         ),
         (
             lambda: OptimizerConfig(lr=1e-3, min_lr=1e-2),
@@ -117,7 +140,7 @@ def test_the_fixes_that_refusals_name_are_accepted() -> None:
     changed(mesh=MeshConfig(dp=2, tp=1), rules=megatron_rules())
 
 
-def test_default_rules_cut_the_sequence_only_when_asked() -> None:
-    assert megatron_rules()["seq_res"] == ()
-    assert megatron_rules(sequence_parallel=True)["seq_res"] == ("tp",)
+def test_default_rules_cut_the_sequence_over_tp_only_when_asked() -> None:
+    assert megatron_rules()["seq"] == megatron_rules()["seq_res"] == ("cp",)
+    assert megatron_rules(sequence_parallel=True)["seq_res"] == ("cp", "tp")
     assert megatron_rules(sequence_parallel=True).keys() == megatron_rules().keys()

@@ -38,7 +38,7 @@ def test_what_fails_the_demo(made: Outcome, failures: list[str]) -> None:
 def test_the_two_phases_are_one_run_on_two_meshes() -> None:
     first, second = demo_configs("somewhere", 20)
     assert first.mesh.sizes == {"dp": 1, "tp": 2}
-    assert first.rules["seq_res"] == ("tp",)
+    assert first.rules["seq_res"] == ("cp", "tp")
     assert second.mesh.sizes == {"dp": 2, "tp": 1}
     assert second == replace(first, mesh=second.mesh, rules=second.rules)
     assert first.train.steps == 20

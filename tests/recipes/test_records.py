@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatree.recipes import metrics
-from megatree.recipes.schedule import warmup_cosine
+from megatree.recipes.optimizer_config import LrConfig
 
 
 def test_going_on_drops_the_lines_of_steps_to_come(tmp_path: Path) -> None:
@@ -27,12 +27,13 @@ def test_a_run_without_metrics_has_none_to_drop(tmp_path: Path) -> None:
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 @pytest.mark.parametrize("steps", [1, 2, 11, 50])
 def test_the_rate_stays_between_its_ends(warmup: int, steps: int) -> None:
-    rate = warmup_cosine(1.0, min_lr=0.1, warmup_steps=warmup, steps=steps)
+    schedule = LrConfig(warmup_steps=warmup).resolve(1.0, 0.1, steps + warmup)
+    rate, steps = schedule.by_step(), steps + warmup
     rates = [rate(step) for step in range(steps)]
     assert all(0.0 < r <= 1.0 for r in rates)
     rise, fall = rates[: warmup + 1], rates[warmup:]
     assert rise == sorted(rise)
     assert fall == sorted(fall, reverse=True)
     if steps > warmup:
-        assert rates[warmup] == 1.0
+        assert rates[warmup] == pytest.approx(1.0)
         assert rate(steps) == pytest.approx(0.1)

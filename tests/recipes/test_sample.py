@@ -40,7 +40,6 @@ def test_a_draw_is_a_function_of_its_seed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (MeshConfig(pp=2), r"^mesh.pp: 2, but generation knows no pipeline\. Set mesh.pp to 1"),
         (
             MeshConfig(dp=4),
             r"^mesh: 2 prompts do not divide over 4 ranks \(dp=4 tp=1\)\. Give 4 prompts, or set",

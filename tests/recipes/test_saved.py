@@ -47,7 +47,11 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ("optimizer.betas", [0.9], r"config.optimizer.betas: 1 values\. Give 2"),
         ("train.steps", True, r"config.train.steps: True is bool\. Give int"),
         ("train.steps", 1.5, r"config.train.steps: 1.5 is float\. Give int"),
-        ("dtype", "float12", r"config.dtype: 'float12'\. Use one of float32, bfloat16, float64"),
+        (
+            "dtype",
+            "float12",
+            r"config.dtype: 'float12'\. Use one of float32, bfloat16, float16, float64",
+        ),
         ("rules.ffn", "tp", r"config.rules.ffn: 'tp' is str\. Give list"),
         ("model", 3, r"config.model: 3 is int\. Give dict"),
         ("mesh.tp", 1, r"rules.seq_res: cut by tp, which has one rank"),
@@ -70,6 +74,6 @@ def test_differences_name_dotted_fields_with_both_values() -> None:
     assert differences(old, new) == {
         "mesh.dp": (1, 2),
         "mesh.tp": (2, 1),
-        "rules.seq_res": (["tp"], []),
+        "rules.seq_res": (["cp", "tp"], ["cp"]),
     }
     assert differences(old, old) == {}

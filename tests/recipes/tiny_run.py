@@ -46,7 +46,7 @@ def tiny_run(
         ),
         mesh=mesh,
         rules=megatron_rules(sequence_parallel=mesh.tp > 1),
-        data=DataConfig(text=str(write_text(folder)), tokenizer="demo", valid_fraction=0.2),
+        data=DataConfig(text=str(write_text(folder)), tokenizer="demo", split="80,20"),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2),
         train=TrainConfig(steps=steps, global_batch=4, microbatch=2, **fields),
         checkpoint=CheckpointConfig(dir=str(folder / "run"), every=2),

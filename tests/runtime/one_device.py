@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatree.functional.chain import Chain
+from megatree.functional.documents import positions_of
 from megatree.functional.param import padded_shape
 from megatree.functional.tree import flatten_with_names, map_with_names
 from megatree.models.gpt import GPTConfig, gpt
@@ -17,6 +18,7 @@ from megatree.parallel.assemble import assemble
 from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import Layout, cut
 from megatree.parallel.model import ModelProgram, lower_model
+from megatree.parallel.order import to_order
 from megatree.parallel.threads import ThreadComm, Threads
 from megatree.parallel.types import make_type
 from megatree.runtime.gradients import value_and_grad
@@ -45,14 +47,22 @@ class Reference:
 
 
 @lru_cache
-def reference(cfg: GPTConfig) -> Reference:
-    """Draw weights and microbatches, and differentiate the fold of the model."""
-    model = gpt(cfg, batch_size=BATCH, dtype=torch.float64)
+def reference(cfg: GPTConfig, entries: tuple[str, ...] = ()) -> Reference:
+    """Draw weights and microbatches, and differentiate the fold of the model.
+
+    Args:
+        cfg: of the model.
+        entries: what its batch has beside tokens, labels and weights: positions and segments.
+    """
+    model = gpt(cfg, batch_size=BATCH, dtype=torch.float64, entries=entries)
     draw = torch.Generator().manual_seed(0)
     params = map_with_names(
         lambda name, leaf: _weights(name, padded_shape(leaf, model.sizes, name), draw), model.params
     )
-    batches = tuple(_batch(cfg, number, draw) for number in range(MICROBATCHES))
+    batches = tuple(
+        {**_batch(cfg, number, draw), **_documents(cfg, entries, draw)}
+        for number in range(MICROBATCHES)
+    )
     loss, grads = differentiate(model, params, batches)
     return Reference(model, params, batches, loss, grads)
 
@@ -86,6 +96,15 @@ def _batch(cfg: GPTConfig, number: int, draw: torch.Generator) -> dict[str, Tens
     return {**batch, "key": torch.tensor(17 + number)} if cfg.random else batch
 
 
+def _documents(
+    cfg: GPTConfig, entries: tuple[str, ...], draw: torch.Generator
+) -> dict[str, Tensor]:
+    starts = torch.rand((BATCH, cfg.seq_length), generator=draw) < 0.4
+    segments = starts.cumsum(1)
+    made = {"segments": segments, "positions": positions_of(segments)}
+    return {name: made[name] for name in entries}
+
+
 def rank_inputs(
     ref: Reference, program: ModelProgram, comm: RankComm
 ) -> tuple[Any, list[dict[str, Tensor]]]:
@@ -95,13 +114,12 @@ def rank_inputs(
     def piece(name: str, leaf: Any, value: Tensor) -> Tensor:
         return cut(value, layout.spec(leaf.names, tuple(value.shape), name), sizes, comm.coords)
 
-    batches = [
-        {
-            name: cut(value, program.consts.types[f"batch.{name}"].spec, sizes, comm.coords).clone()
-            for name, value in batch.items()
-        }
-        for batch in ref.batches
-    ]
+    def part(name: str, value: Tensor) -> Tensor:
+        ty = program.consts.types[f"batch.{name}"]
+        ordered = to_order(value, ty.permuted, layout.num_chunks)
+        return cut(ordered, ty.spec, sizes, comm.coords).clone()
+
+    batches = [{name: part(name, value) for name, value in b.items()} for b in ref.batches]
     return map_with_names(piece, ref.model.params, ref.params), batches
 
 

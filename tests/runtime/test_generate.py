@@ -14,6 +14,7 @@ from megatree.models.gpt import GPTConfig, gpt
 from megatree.parallel.comm import OneDevice
 from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.mesh import Mesh
+from megatree.parallel.schedule import one_f_one_b
 from megatree.runtime.collectives import ProcessComm
 from megatree.runtime.generate import (
     Generator,
@@ -101,7 +102,8 @@ def test_text_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
     tree = world.broadcast(world.on_first(lambda: write_weights(tmp_path / "weights")))
     expected = [by_hand(tree, prompt, 6) for prompt in PROMPTS]
     tensor = Rules(kv_heads="tp", ffn="tp", vocab="tp", seq_res="tp")
-    for layout in (Layout(Mesh(tp=2), tensor), Layout(Mesh(dp=2), Rules(batch="dp"))):
+    stages = Layout(Mesh(pp=2), schedule=one_f_one_b)
+    for layout in (Layout(Mesh(tp=2), tensor), Layout(Mesh(dp=2), Rules(batch="dp")), stages):
         model = generator(tmp_path / "weights", layout)
         assert model(PROMPTS, 6, greedy) == expected
         drawn = model(PROMPTS, 6, sampling(temperature=1.0, seed=7))

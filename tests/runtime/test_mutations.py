@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ from megatree.parallel.comm import BodyComm, RankComm
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.mesh import Mesh
+from megatree.parallel.storage import Storage
 from megatree.parallel.threads import SimulationError, ThreadComm
 from megatree.parallel.tracer import Tracer
 from megatree.parallel.transitions import Step
 from megatree.runtime.collectives import ProcessComm
 from megatree.runtime.gradients import Gradients
-from megatree.runtime.leaves import Leaves
+from megatree.runtime.leaves import Gathered
+from megatree.runtime.sums import GradientSums
 from tests.parallel.test_local_map import LAYOUTS, PRIMITIVES, real
 from tests.parallel.worlds import all_types, moves_go_wrong
 from tests.parallel.worlds import assert_like_one_device as function_like_one_device
@@ -33,8 +36,9 @@ from tests.runtime.test_value_and_grad import expected_counts
 RED = (AssertionError, SimulationError, ShardingError)
 
 
-def step(model: str, name: str) -> Callable[[], Any]:
-    return lambda: assert_like_one_device(reference(MODELS[model]), layouts(model)[name])
+def step(model: str, name: str, storage: Storage = Storage()) -> Callable[[], Any]:  # noqa: B008
+    layout = replace(layouts(model)[name], storage=storage)
+    return lambda: assert_like_one_device(reference(MODELS[model]), layout)
 
 
 def moves() -> None:
@@ -66,9 +70,14 @@ TP, SP, DP = step("llama", "tp2"), step("llama", "tp2 sp"), step("llama", "dp2")
 BOTH = step("llama", "dp2 tp2")
 # Learned positions are sliced by index: without them a wrong order of chunks cancels itself.
 SWAPPED, DROPOUT = step("gpt2 tied", "tp over two, swapped"), step("gpt2 dropout", "tp2 sp")
+ZERO1 = step("llama", "dp2 tp2", Storage(opt="dp"))
+ZERO3 = step("llama", "dp2 tp2", Storage("dp", "dp", "dp"))
+HYBRID = step("llama", "two dp axes", Storage(grads="ep", opt=("ep", "dp")))
 
 
-@pytest.mark.parametrize("check", [moves, law, fork, TP, SP, DP, BOTH, SWAPPED, DROPOUT])
+@pytest.mark.parametrize(
+    "check", [moves, law, fork, TP, SP, DP, BOTH, SWAPPED, DROPOUT, ZERO1, ZERO3, HYBRID]
+)
 def test_all_checks_are_green_without_a_mutation(check: Callable[[], Any]) -> None:
     check()
 
@@ -103,16 +112,30 @@ def over_the_other_axis(raw: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def twice(sum_row: Callable[..., None]) -> Callable[..., None]:
-    def both(leaves: Leaves, *args: Any) -> None:
-        sum_row(leaves, *args)
-        leaves._waits.pop()() if leaves._waits else None
-        sum_row(leaves, *args)
+    def both(sums: GradientSums, *args: Any) -> None:
+        sum_row(sums, *args)
+        sums._waits.pop()() if sums._waits else None
+        sum_row(sums, *args)
 
     return both
 
 
 def not_at_all(*args: Any) -> None:
     return None
+
+
+def own_part(sums: GradientSums, row: Tensor, axes: Any, sync: Any) -> Callable[[], Tensor]:
+    """Keep a part of this rank's own gradients, as if they were the same on all ranks."""
+    return lambda: row.view(sums.comm.size(axes), -1)[sums.comm.index(axes)]
+
+
+def noted_elsewhere(gathered: Gathered, x: Tensor) -> Any:
+    """Note the first weight of a row instead of the one that is saved."""
+    found = NOTE(gathered, x)
+    return found if isinstance(found, Tensor) else found._replace(offset=0)
+
+
+NOTE = Gathered.note
 
 
 def local_only(gradients: Gradients, parts: Any, keys: Any, which: int) -> dict[Any, Tensor]:
@@ -142,9 +165,16 @@ def local_only(gradients: Gradients, parts: Any, keys: Any, which: int) -> dict[
         (BodyComm, "axis_index", lambda body, axis: 0, DROPOUT),
         (Tracer, "finish", lambda tracer, x: x, law),
         # the step
-        (Leaves, "_sum", not_at_all, DP),
-        (Leaves, "_sum", not_at_all, SP),
-        (Leaves, "_sum", twice(Leaves._sum), DP),
+        (GradientSums, "_sum", not_at_all, DP),
+        (GradientSums, "_sum", not_at_all, SP),
+        (GradientSums, "_sum", twice(GradientSums._sum), DP),
+        # storage
+        (GradientSums, "_sum", not_at_all, ZERO1),
+        (GradientSums, "_scatter", not_at_all, ZERO3),
+        (GradientSums, "_finish_cut", not_at_all, HYBRID),
+        (GradientSums, "_reduce", own_part, ZERO1),
+        (Gathered, "note", noted_elsewhere, ZERO3),
+        (RankComm, "index", lambda rank, axes: 0, ZERO1),
         (Gradients, "_total", local_only, DP),
     ],
 )

@@ -16,10 +16,10 @@ from megatree.models.gpt import block, gpt
 from megatree.parallel.assemble import points
 from megatree.parallel.layout import Layout, cut
 from megatree.parallel.model import lower_model
+from megatree.parallel.packing import pack
 from megatree.parallel.program import Program
 from megatree.parallel.threads import Threads
 from megatree.runtime.gradients import value_and_grad
-from megatree.runtime.packing import pack
 from tests.parallel import worlds
 from tests.runtime.one_device import (
     MICROBATCHES,

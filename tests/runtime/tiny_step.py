@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from megatree.io.data import TokenDataset
+from megatree.io.data import Documents, GPTOptions, Stream, gpt_dataset
 from megatree.models.gpt import GPTConfig, gpt
 from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import Layout
-from megatree.runtime.adamw import adamw
+from megatree.runtime.optimizers import adamw
 from megatree.runtime.step import TrainStep, train_step
 
 SEQ, BATCH = 8, 4
@@ -33,22 +33,20 @@ def tiny_step(
     return train_step(gpt(cfg, batch_size=BATCH), layout, adamw(lr), comm=comm, seed=3)
 
 
-def tiny_data(seed: int = 0) -> TokenDataset:
+def tiny_data(seed: int = 0) -> Stream:
     """Return 60 samples of a stream that repeats itself."""
     tokens = (np.arange(60 * SEQ + 1) * 7 % 31).astype(np.uint16)
-    return TokenDataset(tokens=tokens, seq=SEQ, seed=seed)
+    source = Documents(tokens=tokens, lengths=np.array([len(tokens)], np.int32))
+    dataset = gpt_dataset(source, (0, 1), GPTOptions(seq=SEQ), num_samples=None)
+    return Stream(dataset=dataset, seed=seed)
 
 
 @dataclass
 class Watched:
     """Samples that note what is read of them: (consumed, samples, rows)."""
 
-    data: TokenDataset
+    data: Stream
     reads: list[Any] = field(default_factory=list)
-
-    @property
-    def seq(self) -> int:
-        return self.data.seq
 
     @property
     def identity(self) -> str:

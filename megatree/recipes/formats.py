@@ -1,0 +1,408 @@
+"""Checkpoints of every format, opened as our leaves."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatree.io.checkpoint import Box, Leaf, latest
+from megatree.io.checkpoint.dtypes import dtype_name
+from megatree.io.checkpoint.manifest import MANIFEST_FILE
+from megatree.io.checkpoint.place import place_of
+from megatree.io.formats.arrays import Array, Reader, grid
+from megatree.io.formats.dcp import METADATA, DcpReader
+from megatree.io.formats.folded import Entry, Folded
+from megatree.io.formats.hf import CONFIG, INDEX, SINGLE, HfReader, read_json
+from megatree.io.formats.megatron import iteration_folder, read_legacy
+from megatree.io.formats.meta import meta_reader, read_params
+from megatree.io.formats.names import checked_file
+from megatree.io.formats.native import NativeReader
+from megatree.io.formats.orbax import TREE, OrbaxReader
+from megatree.io.formats.side import read_side
+from megatree.io.formats.torch_dist import MOMENTS, read_torch_dist
+from megatree.models import hugging_face, megatron, meta
+from megatree.models.gpt import gpt
+from megatree.models.gpt_config import GPTConfig
+from megatree.models.names import Source
+from megatree.recipes.config import OptimizerConfig, RunConfig, TrainConfig
+from megatree.recipes.name_map import Row, declared, leaf_of, leaves_from, rows_of
+from megatree.recipes.saved import from_plain, load_config
+
+Format = Literal["megatree", "hf", "meta", "megatron", "torch_dist", "dcp", "orbax"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A checkpoint as leaves of ours.
+
+    Args:
+        path: where it is.
+        format: of it.
+        model: sizes and choices of the model; None if nobody says.
+        reader: the arrays, by path of the leaf ("params.embed.table").
+        leaves: their declarations.
+        extra: training state.
+        rows: how leaves lie in foreign tensors, where they have other names there.
+        unmapped: foreign tensors that no leaf takes.
+        left_out: foreign tensors that no leaf needs, with the reason.
+    """
+
+    path: Path
+    format: Format
+    model: GPTConfig | None
+    reader: Reader
+    leaves: Mapping[str, Leaf]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
+    unmapped: Sequence[str] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def refuse_unmapped(self) -> None:
+        """Raise if a foreign tensor has no leaf.
+
+        Raises:
+            ValueError: listing at most 8.
+        """
+        if self.unmapped:
+            more = f" and {len(self.unmapped) - 8} more" if len(self.unmapped) > 8 else ""
+            raise ValueError(
+                f"{self.path}: {len(self.unmapped)} tensors have no leaf: "
+                f"{', '.join(self.unmapped[:8])}{more}. "
+                "Nothing is dropped silently: correct the config, or add a Source for them."
+            )
+
+
+def detect(path: Path) -> Format:
+    """Return the format of a checkpoint, by the names of its files.
+
+    Raises:
+        ValueError: it is none that we know.
+    """
+    if "://" in str(path) or (path / MANIFEST_FILE).exists() or latest(path) is not None:
+        return "megatree"
+    if not path.is_dir():
+        raise ValueError(f"{path}: no folder. Give the folder of a checkpoint.")
+    if (path / "params.json").exists():
+        return "meta"
+    if (path / CONFIG).exists() and any((path / name).exists() for name in (SINGLE, INDEX)):
+        return "hf"
+    if (path / TREE).exists() or (path / "default" / TREE).exists():
+        return "orbax"
+    folder = iteration_folder(path)
+    if (folder / "metadata.json").exists() and (folder / METADATA).exists():
+        return "torch_dist"
+    if any(folder.glob("mp_rank_*")):
+        return "megatron"
+    if (path / METADATA).exists():
+        return "dcp"
+    raise ValueError(f"{path}: no checkpoint that we know. Say which format it is with --from.")
+
+
+def open_checkpoint(
+    path: str | Path,
+    kind: Format | None = None,
+    *,
+    like: GPTConfig | None = None,
+    weights_only: bool = False,
+) -> Opened:
+    """Open a checkpoint of any format; nothing but headers is read.
+
+    Args:
+        path: a folder.
+        kind: its format; None looks.
+        like: the model, where the checkpoint does not say (and against what it says).
+        weights_only: leave the optimizer's state where it is.
+
+    Raises:
+        ValueError: the checkpoint is damaged, hostile or of a model that we do not compute.
+    """
+    path = Path(path)
+    kind = kind or detect(path)
+    opened = _OPEN[kind](path, like, weights_only)
+    if weights_only:
+        kept = {p: leaf for p, leaf in opened.leaves.items() if p.startswith("params.")}
+        opened = replace(opened, leaves=kept, reader=_Only(opened.reader, kept))
+    return opened
+
+
+@dataclass(frozen=True)
+class _Only:
+    """A reader of some of the arrays."""
+
+    source: Reader
+    kept: Mapping[str, Any]
+
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        return {path: self.source.arrays[path] for path in self.kept}
+
+    def read(self, path: str, box: Box) -> Tensor:
+        return self.source.read(path, box)
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """A reader of arrays under other names."""
+
+    source: Reader
+    names: Mapping[str, str]
+
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        return {new: self.source.arrays[old] for new, old in self.names.items()}
+
+    def read(self, path: str, box: Box) -> Tensor:
+        return self.source.read(self.names[path], box)
+
+
+def run_config(model: GPTConfig, dtype: torch.dtype, tokenizer: str = "") -> RunConfig:
+    """Return the config of a run that has this model; the rest is for whoever trains on."""
+    name: Any = dtype_name(dtype)
+    if name not in ("float32", "bfloat16", "float64"):
+        raise ValueError(f"dtype: a run cannot be in {name}. Convert it with --dtype bfloat16.")
+    cfg = RunConfig(
+        model=model,
+        optimizer=OptimizerConfig(lr=1e-5),
+        train=TrainConfig(steps=1, global_batch=1, microbatch=1),
+        dtype=name,
+    )
+    return replace(cfg, data=replace(cfg.data, tokenizer=tokenizer)) if tokenizer else cfg
+
+
+def _open_native(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
+    place = place_of(path)
+    found = place if place.holds(MANIFEST_FILE) else latest(path)
+    if found is None:
+        raise ValueError(f"{path}: no checkpoint and no folder of checkpoints. Give one.")
+    reader = NativeReader(str(found))
+    extra = dict(reader.manifest.extra)
+    return Opened(
+        path=Path(str(found)),
+        format="megatree",
+        model=like or _model_in(extra, path),
+        reader=reader,
+        leaves=reader.leaves,
+        extra=extra,
+    )
+
+
+def _model_in(extra: Mapping[str, Any], path: Path) -> GPTConfig | None:
+    told = extra.get("config")
+    return from_plain(told, f"{path}: config").model if told is not None else None
+
+
+def _open_named(path: Path, kind: Format, reader: Reader, like: GPTConfig | None) -> Opened:
+    """Open a format that holds leaves under our own names."""
+    side = read_side(path)
+    axes, extra = side if side is not None else ({}, {})
+    model = like or _model_in(extra, path)
+    if not axes:
+        if model is None:
+            raise ValueError(
+                f"{path}: does not say what its axes are. Name a config that does with --like."
+            )
+        return _like(path, format, reader, model)
+    unmapped = sorted(set(reader.arrays) - set(axes))
+    leaves = {
+        name: Leaf(path=name, shape=array.shape, dtype=array.dtype, axes=axes[name])
+        for name, array in reader.arrays.items()
+        if name in axes
+    }
+    lacking = sorted(set(axes) - set(leaves))
+    if lacking:
+        raise ValueError(f"{path}: lacks {', '.join(lacking[:8])}. Copy it anew.")
+    return Opened(
+        path=path, format=kind, model=model, reader=_Only(reader, leaves), leaves=leaves,
+        extra=extra, unmapped=unmapped,
+    )  # fmt: skip
+
+
+def _like(path: Path, kind: Format, reader: Reader, cfg: GPTConfig) -> Opened:
+    """Take the leaves of a model out of a tree that others wrote, with or without "params"."""
+    model = gpt(cfg, batch_size=1)
+    wanted = list(declared(model))
+    start = "params." if any(name.startswith("params.") for name in reader.arrays) else ""
+    names = {f"params.{name}": f"{start}{name}" for name in wanted}
+    for entry in ("m", "v", "master"):
+        moments = {f"opt.{entry}.{name}": f"opt.{entry}.{name}" for name in wanted}
+        if all(name in reader.arrays for name in moments):
+            names |= moments
+    lacking = sorted(old for old in names.values() if old not in reader.arrays)
+    if lacking:
+        raise ValueError(
+            f"{path}: lacks {', '.join(lacking[:8])}. Name the config of this model with --like."
+        )
+    leaves = {}
+    for new, old in names.items():
+        array = reader.arrays[old]
+        bare = new.removeprefix("params.")
+        head = "params"
+        if new.startswith("opt."):
+            _, entry, bare = new.split(".", 2)
+            head = f"opt.{entry}"
+        leaves[new] = leaf_of(bare, head, model, array)
+        if leaves[new].shape != array.shape:
+            raise ValueError(
+                f"{path}: {old} is {list(array.shape)}, the model has {list(leaves[new].shape)}. "
+                "Name the config of this model with --like."
+            )
+    return Opened(
+        path=path, format=kind, model=cfg, reader=_Renamed(reader, names), leaves=leaves,
+        unmapped=sorted(set(reader.arrays) - set(names.values())),
+    )  # fmt: skip
+
+
+def _open_dcp(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
+    return _open_named(path, "dcp", DcpReader(path), like)
+
+
+def _open_orbax(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
+    return _open_named(path, "orbax", OrbaxReader(path), like)
+
+
+def _mapped(
+    path: Path,
+    kind: Format,
+    reader: Reader,
+    cfg: GPTConfig,
+    sources: Sequence[Source],
+    *,
+    extra: Mapping[str, Any] | None = None,
+    left_out: Mapping[str, str] | None = None,
+    groups: Mapping[str, str] | None = None,
+) -> Opened:
+    """Open a format that has names and layouts of its own.
+
+    Args:
+        groups: start of a foreign name -> start of ours, "" -> "params" for the weights.
+    """
+    model = gpt(cfg, batch_size=1)
+    entries: dict[str, Entry] = {}
+    leaves: dict[str, Leaf] = {}
+    taken = set(left_out or ())
+    for start, prefix in (groups or {"": "params"}).items():
+        arrays = {
+            name.removeprefix(start): array
+            for name, array in reader.arrays.items()
+            if name.startswith(start)
+        }
+        for leaf, entry in leaves_from(sources, model, arrays, str(path)).items():
+            parts = tuple(replace(part, path=f"{start}{part.path}") for part in entry.parts)
+            entries[f"{prefix}.{leaf}"] = replace(entry, parts=parts)
+            leaves[f"{prefix}.{leaf}"] = leaf_of(leaf, prefix, model, entry.array)
+            taken |= {part.path for part in parts}
+    return Opened(
+        path=path,
+        format=kind,
+        model=cfg,
+        reader=Folded(source=reader, entries=entries),
+        leaves=leaves,
+        extra=extra or {},
+        rows=rows_of(sources, model),
+        unmapped=sorted(set(reader.arrays) - taken),
+        left_out=left_out or {},
+    )
+
+
+_BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
+
+
+def _open_hf(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
+    file = checked_file(path, CONFIG, place=str(path))
+    config = read_json(file)
+    cfg = like or hugging_face.to_gpt_config(config, str(file))
+    family = hugging_face.family_of(config, str(file))
+    reader: Reader = HfReader(path)
+    if "wte.weight" in reader.arrays:  # GPT2Model, without the head on top
+        names = {name: name for name in reader.arrays if name == "lm_head.weight"}
+        names |= {f"transformer.{name}": name for name in reader.arrays if name not in names}
+        reader = _Renamed(reader, names)
+    left_out = {n: "a buffer, not a weight" for n in reader.arrays if n.endswith(_BUFFERS)}
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    table = "transformer.wte.weight" if family is hugging_face.GPT2_FAMILY else table
+    if cfg.tied and head in reader.arrays:
+        _refuse_other_head(reader, head, table, path)
+        left_out[head] = f"the same as {table}, which it is tied to"
+    return _mapped(path, "hf", reader, cfg, family.sources, left_out=left_out)
+
+
+def _refuse_other_head(reader: Reader, head: str, table: str, path: Path) -> None:
+    """A tied head that is stored too must be the table, bit for bit."""
+    first, second = reader.arrays[head], reader.arrays.get(table)
+    same = first == second and all(
+        torch.equal(_bits(reader.read(head, box)), _bits(reader.read(table, box)))
+        for box in grid(first)
+    )
+    if not same:
+        raise ValueError(
+            f"{path}: {head} is stored beside {table} and differs, though config.json ties them. "
+            "Set tie_word_embeddings to false if the model has two tables, or remove one."
+        )
+
+
+def _bits(data: Tensor) -> Tensor:
+    return data.contiguous().view(torch.uint8)
+
+
+def _open_meta(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
+    params = read_params(path)
+    reader = meta_reader(path, meta.CUT, meta.IGNORED)
+    shapes = {name: array.shape for name, array in reader.arrays.items()}
+    cfg = like or meta.to_gpt_config(params, shapes, str(path / "params.json"))
+    return _mapped(path, "meta", reader, cfg, meta.META)
+
+
+def _open_megatron(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
+    held = read_legacy(path, megatron.CUT, megatron.modern_name, tied="output_layer.weight")
+    cfg = like or megatron.to_gpt_config(held.args, str(path))
+    sources = megatron.sources(
+        cfg, stacked=False, tensor=held.tensor, version=min(3, int(held.version))
+    )
+    extra = {"step": held.iteration}
+    return _mapped(path, "megatron", held.reader, cfg, sources, extra=extra)
+
+
+def _open_torch_dist(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
+    reader, common = read_torch_dist(path, optimizer=not weights_only)
+    cfg = like or megatron.to_gpt_config(common.get("args") or {}, str(path))
+    dtype = reader.arrays["embedding.word_embeddings.weight"].dtype
+    groups, left_out = {"": "params"}, {}
+    for start, entry in MOMENTS.items():
+        names = [name for name in reader.arrays if name.startswith(start)]
+        if weights_only:
+            left_out |= dict.fromkeys(names, "optimizer's state (--weights-only)")
+        elif entry == "master" and dtype in (torch.float32, torch.float64):
+            left_out |= dict.fromkeys(names, "copies of float32 weights")
+        elif names:
+            groups[start] = f"opt.{entry}"
+    if weights_only:
+        odd = [n for n in reader.arrays if n.startswith("optimizer.") and n not in left_out]
+        left_out |= dict.fromkeys(odd, "optimizer's state (--weights-only)")
+    sources = megatron.sources(cfg, stacked=True)
+    extra = {"step": int(common.get("iteration") or 0)}
+    return _mapped(
+        path, "torch_dist", reader, cfg, sources, extra=extra, left_out=left_out, groups=groups,
+    )  # fmt: skip
+
+
+_OPEN: Mapping[Format, Callable[[Path, GPTConfig | None, bool], Opened]] = {
+    "megatree": _open_native,
+    "hf": _open_hf,
+    "meta": _open_meta,
+    "megatron": _open_megatron,
+    "torch_dist": _open_torch_dist,
+    "dcp": _open_dcp,
+    "orbax": _open_orbax,
+}
+
+
+def model_like(path: str) -> GPTConfig:
+    """Return the model of a config.json: of a run of ours, or of a Hugging Face folder."""
+    file = Path(path)
+    plain = read_json(file)
+    if "model_type" in plain:
+        return hugging_face.to_gpt_config(plain, path)
+    return load_config(file).model
