@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatree.io.checkpoint.manifest import MANIFEST_FILE
+from megatree.io.checkpoint.place import Folder, PathLike, Place, Remote, place_of
 from megatree.io.world import World
 
 _STEP = re.compile(r"step_([0-9]{8,})", re.ASCII)
@@ -25,35 +26,53 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def latest(directory: str | os.PathLike[str]) -> Path | None:
+def steps_in(directory: PathLike) -> dict[int, Place]:
+    """Return step -> checkpoint of all that are complete in a directory, by step.
+
+    What a killed save left behind has another kind of name or no manifest and is not among them.
+    """
+    root = place_of(directory)
+    named = {int(match[1]): name for name in root.names() if (match := _STEP.fullmatch(name))}
+    found = {step: root / named[step] for step in sorted(named)}
+    return {step: place for step, place in found.items() if place.holds(MANIFEST_FILE)}
+
+
+def latest(directory: PathLike) -> Place | None:
     """Return the checkpoint of the largest step in a directory of checkpoints, or None.
 
-    What a killed save left behind has another kind of name and is never returned. Ranks that ask
-    at different moments of a save may get different answers: ask on one and broadcast.
+    Ranks that ask at different moments of a save may get different answers: ask on one and
+    broadcast.
     """
-    root = Path(directory)
-    names = os.listdir(root) if root.is_dir() else []
-    steps = sorted((int(match[1]), name) for name in names if (match := _STEP.fullmatch(name)))
-    complete = [root / name for _, name in steps if (root / name / MANIFEST_FILE).is_file()]
-    return complete[-1] if complete else None
+    root = place_of(directory)
+    steps = [(int(match[1]), name) for name in root.names() if (match := _STEP.fullmatch(name))]
+    for _, name in sorted(steps, reverse=True):
+        if (root / name).holds(MANIFEST_FILE):
+            return root / name
+    return None
 
 
 @contextmanager
-def staged(final: Path, world: World) -> Generator[Path]:
-    """Give all ranks a fresh directory; when the block ends, rename it to `final`.
+def staged(final: Place, world: World) -> Generator[Place]:
+    """Give all ranks a fresh directory; when the block ends, it is there as `final`.
 
-    Everything in it must be on the disk by then (see `write_file`). If the block raises, the
-    directory is removed; if the process dies, it stays, unlocked, until the next save here.
+    Everything in it must be safe by then, the manifest last. A folder is renamed. Behind a URL
+    the manifest makes the checkpoint: without it the rest is nothing. If the block raises, what
+    was written is removed; if the process dies, it stays until the next save here.
 
     Raises:
         ValueError: `final` exists.
         OSError: the directory cannot be made or renamed.
     """
-    opened = world.on_first(lambda: _open_staging(final))
-    staging = Path(world.broadcast(str(opened[0]) if opened else ""))
+    if isinstance(final, Remote):
+        with _in_place(final, world):
+            yield final
+        return
+    folder = Folder(final)
+    opened = world.on_first(lambda: _open_staging(folder))
+    staging = Folder(world.broadcast(str(opened[0]) if opened else ""))
     try:
         yield staging
-        world.on_first(lambda: _publish(staging, final))
+        world.on_first(lambda: _publish(staging, folder))
     except BaseException:
         if world.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
@@ -63,35 +82,71 @@ def staged(final: Path, world: World) -> Generator[Path]:
             os.close(opened[1])
 
 
-def write_file(file: Path, raw: bytes) -> None:
-    """Write a new file and wait until it is on the disk."""
-    with open(file, "xb") as stream:
-        stream.write(raw)
-        stream.flush()
-        os.fsync(stream.fileno())
+def discard(checkpoint: Place) -> None:
+    """Remove a checkpoint: at any moment it is there whole, or not at all.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if isinstance(checkpoint, Remote):
+        checkpoint.remove(MANIFEST_FILE)
+        checkpoint.remove()
+        return
+    folder = Folder(checkpoint)
+    doomed = _staging_of(folder)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
 
 
-def _open_staging(final: Path) -> tuple[Path, int]:
+@contextmanager
+def _in_place(final: Remote, world: World) -> Generator[None]:
+    world.on_first(lambda: _clear(final))
+    try:
+        yield
+    except BaseException:
+        if world.rank == 0 and not final.holds(MANIFEST_FILE):
+            final.remove()
+        raise
+
+
+def _clear(final: Remote) -> None:
+    """Remove what a save without a manifest left."""
+    _refuse_existing(final, final.holds(MANIFEST_FILE))
+    final.remove()
+    final.fs.makedirs(final.path, exist_ok=True)
+
+
+def _open_staging(final: Folder) -> tuple[Folder, int]:
     """Make the staging directory; return it and the descriptor that holds its lock."""
-    _refuse_existing(final)
-    _make_directory(final.parent)
-    _remove_stale(final.parent)
-    staging = final.parent / f".{final.name}.{secrets.token_hex(8)}.megatree-tmp"
-    staging.mkdir()
+    _refuse_existing(final, os.path.lexists(final))
+    try:
+        _make_directory(final.parent)
+        _remove_stale(final.parent)
+        staging = _staging_of(final)
+        staging.mkdir()
+    except OSError as error:
+        raise OSError(
+            f"{final}: the checkpoint cannot be made ({error.strerror}). Save to a directory that "
+            "every rank sees and may write; earlier checkpoints are intact."
+        ) from error
     descriptor = os.open(staging, os.O_RDONLY)
     _lock(descriptor)
     return staging, descriptor
 
 
-def _publish(staging: Path, final: Path) -> None:
+def _staging_of(final: Folder) -> Folder:
+    return final.parent / f".{final.name}.{secrets.token_hex(8)}.megatree-tmp"
+
+
+def _publish(staging: Folder, final: Folder) -> None:
     _sync_directory(staging)
-    _refuse_existing(final)
+    _refuse_existing(final, os.path.lexists(final))
     os.rename(staging, final)
     _sync_directory(final.parent)
 
 
-def _refuse_existing(final: Path) -> None:
-    if os.path.lexists(final):
+def _refuse_existing(final: Place, exists: bool) -> None:
+    if exists:
         raise ValueError(
             f"{final}: this checkpoint exists already, and a save never replaces one. "
             "Remove it first, or save to another directory."

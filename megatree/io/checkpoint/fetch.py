@@ -1,19 +1,18 @@
 """Reading planned chunks into the targets, every block verified against its checksum."""
 
-import os
-import stat
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
 from megatree.io.checkpoint.box import Box, runs, volume
 from megatree.io.checkpoint.manifest import Manifest
 from megatree.io.checkpoint.memory import memory, new_memory, scatter_bytes
 from megatree.io.checkpoint.piece import Piece
+from megatree.io.checkpoint.place import Place, Unreadable
+from megatree.io.checkpoint.place import Read as ReadAt
 from megatree.io.checkpoint.reads import Read
 from megatree.io.checkpoint.write import NUM_THREADS
 
@@ -37,56 +36,43 @@ class Straight(NamedTuple):
 
 
 def fetch(
-    directory: Path, manifest: Manifest, reads: Sequence[Read], targets: Sequence[Piece]
+    directory: Place, manifest: Manifest, reads: Sequence[Read], targets: Sequence[Piece]
 ) -> Fetched:
     """Carry out the reads (sorted by file); damage is returned, not raised, to list all of it."""
     nbytes, problems = 0, []
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for name, group in groupby(reads, key=lambda read: read.chunk.file):
             from_file = list(group)
-            found = _file_problems(directory / name, manifest.files[name], from_file)
-            if not found:
-                descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW)
-                try:
-                    jobs = _jobs(descriptor, from_file, targets, manifest.block_bytes)
+            try:
+                with directory.reader(name, manifest.files[name]) as source:
+                    jobs = _jobs(source, from_file, targets, manifest.block_bytes)
                     results = list(pool.map(lambda job: job(), jobs))
-                finally:
-                    os.close(descriptor)
-                nbytes += sum(result.nbytes for result in results)
-                found = [problem for result in results for problem in result.problems]
-            problems += found
+            except Unreadable as error:
+                problems += _hit(name, error, from_file)
+                continue
+            nbytes += sum(result.nbytes for result in results)
+            problems += [problem for result in results for problem in result.problems]
     return Fetched(nbytes, problems)
 
 
-def _file_problems(file: Path, nbytes: int, reads: Sequence[Read]) -> list[str]:
-    """Return what is wrong with a file as a whole, a line for each leaf that it hits."""
+def _hit(file: str, error: Unreadable, reads: Sequence[Read]) -> list[str]:
+    """Return a line for each leaf that a file which is not what it was takes along."""
     hit = reads
-    try:
-        status = os.lstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            wrong = "is not a regular file"
-        elif not os.access(file, os.R_OK):
-            wrong = "may not be read by this user"
-        elif status.st_size != nbytes:
-            wrong = f"has {status.st_size} bytes, the manifest says {nbytes}"
-            ends = [(read, read.chunk.offset + read.chunk.nbytes) for read in reads]
-            hit = [read for read, end in ends if end > status.st_size] or reads
-        else:
-            return []
-    except FileNotFoundError:
-        wrong = "is missing"
-    return list(dict.fromkeys(f"{read.path}: {file.name} {wrong}" for read in hit))
+    if error.end is not None:
+        ends = [(read, read.chunk.offset + read.chunk.nbytes) for read in reads]
+        hit = [read for read, end in ends if end > error.end] or reads
+    return list(dict.fromkeys(f"{read.path}: {file} {error}" for read in hit))
 
 
 def _jobs(
-    descriptor: int, reads: Sequence[Read], targets: Sequence[Piece], block_bytes: int
+    source: ReadAt, reads: Sequence[Read], targets: Sequence[Piece], block_bytes: int
 ) -> list[Callable[[], Fetched]]:
     jobs: list[Callable[[], Fetched]] = []
     for read in reads:
         straight = _straight(read, targets)
         for start, stop in read.blocks(block_bytes):
             checksum = read.chunk.checksums[start // block_bytes]
-            job = partial(_fetch_block, descriptor, read, start, stop, checksum)
+            job = partial(_fetch_block, source, read, start, stop, checksum)
             jobs.append(partial(job, targets=targets, straight=straight))
     return jobs
 
@@ -112,7 +98,7 @@ def _run(box: Box, within: Box) -> int | None:
 
 
 def _fetch_block(
-    descriptor: int,
+    source: ReadAt,
     read: Read,
     start: int,
     stop: int,
@@ -129,9 +115,9 @@ def _fetch_block(
     where = f"{read.path}: {read.chunk.file} bytes {read.chunk.offset + start} to "
     where += f"{read.chunk.offset + stop}"
     try:
-        nbytes = _read_into(descriptor, view, read.chunk.offset + start)
+        nbytes = source(view, read.chunk.offset + start)
     except OSError as error:
-        return Fetched(0, [f"{where} cannot be read ({error.strerror})"])
+        return Fetched(0, [f"{where} cannot be read ({error.strerror or error})"])
     found = zlib.crc32(view)
     if nbytes < stop - start or found != checksum:
         wrong = f"{where} have checksum {found:#010x}, the manifest says {checksum:#010x}"
@@ -142,14 +128,3 @@ def _fetch_block(
             target = targets[want.target]
             scatter_bytes(buffer, read.chunk.box, first, last, target.tensor, target.box, want.box)
     return Fetched(nbytes, [])
-
-
-def _read_into(descriptor: int, view: memoryview, offset: int) -> int:
-    """Fill `view` from a file and return the bytes read: fewer only where the file ends."""
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done

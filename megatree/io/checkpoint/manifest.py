@@ -15,6 +15,7 @@ FORMAT = "megatree-checkpoint"
 VERSION = 1
 ALIGNMENT = 64  # bytes: a chunk starts on a cache line, so any dtype can be viewed in place
 BLOCK_BYTES = 4 << 20  # bytes under one checksum: a part of a chunk is verified without the rest
+MOST_BLOCK_BYTES = 1 << 30  # a reader holds a block in memory: a manifest may not ask for more
 MANIFEST_FILE = "manifest.msgpack"
 
 

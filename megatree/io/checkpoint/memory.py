@@ -27,13 +27,25 @@ def new_memory(nbytes: int) -> tuple[Tensor, memoryview]:
 def gather_bytes(data: Tensor, box: Box, start: int, stop: int) -> memoryview:
     """Copy elements `start` to `stop` of `box`, which `data` holds in any strides on any device."""
     buffer, view = new_memory((stop - start) * data.dtype.itemsize)
+    copy_bytes(data, box, start, stop, buffer)
+    return view
+
+
+def copy_bytes(data: Tensor, box: Box, start: int, stop: int, buffer: Tensor) -> None:
+    """Copy elements `start` to `stop` of `box` into bytes; from a device without waiting for it,
+    if those are pinned.
+    """
+    if data.is_contiguous() and not data.is_conj() and not data.is_neg():
+        size = data.dtype.itemsize
+        raw = data.detach().reshape(-1).view(torch.uint8)
+        buffer.copy_(raw[start * size : stop * size], non_blocking=True)
+        return
     at = 0
     for part in elements(box, start, stop):
         count = prod(extents(part)) * data.dtype.itemsize
         into = buffer[at : at + count].view(data.dtype).view(extents(part))
-        into.copy_(data.detach()[slices(part, box)])
+        into.copy_(data.detach()[slices(part, box)], non_blocking=True)
         at += count
-    return view
 
 
 def scatter_bytes(

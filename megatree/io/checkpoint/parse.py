@@ -5,7 +5,6 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from struct import unpack
 from typing import Any, TypeVar
 
@@ -18,12 +17,14 @@ from megatree.io.checkpoint.manifest import (
     ALIGNMENT,
     FORMAT,
     MANIFEST_FILE,
+    MOST_BLOCK_BYTES,
     VERSION,
     Chunk,
     Manifest,
     StoredLeaf,
 )
 from megatree.io.checkpoint.piece import Leaf
+from megatree.io.checkpoint.place import Unreadable, place_of
 
 T = TypeVar("T")
 # Nothing but this shape is a file name, so none can lead out of the directory.
@@ -37,15 +38,16 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     Raises:
         ValueError: there is none, it is damaged, or this version cannot read it.
     """
-    file = Path(path) / MANIFEST_FILE
+    place = place_of(path)
     try:
-        raw = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+        raw = place.get(MANIFEST_FILE)
+    except (Unreadable, NotADirectoryError) as error:
+        wrong = str(error) if isinstance(error, Unreadable) else "is missing"
         raise ValueError(
-            f"{path}: there is no checkpoint here, the file {MANIFEST_FILE} is missing. "
+            f"{place}: there is no checkpoint here, the file {MANIFEST_FILE} {wrong}. "
             "Give the directory of one step, for example the one that latest() returns."
         ) from None
-    return decode(raw, str(file))
+    return decode(raw, f"{place}/{MANIFEST_FILE}")
 
 
 def decode(raw: bytes, place: str) -> Manifest:
@@ -96,9 +98,10 @@ def _field(record: Any, key: str, kind: type[T], place: str) -> T:
 def _manifest(body: Any, place: str) -> Manifest:
     block_bytes = _field(body, "block_bytes", int, place)
     _need(
-        block_bytes > 0 and block_bytes % ALIGNMENT == 0,
+        0 < block_bytes <= MOST_BLOCK_BYTES and block_bytes % ALIGNMENT == 0,
         place,
-        f"block_bytes is {block_bytes}, no positive multiple of {ALIGNMENT}",
+        f"block_bytes is {block_bytes}, no positive multiple of {ALIGNMENT} up to "
+        f"{MOST_BLOCK_BYTES}",
     )
     names, files = [], {}
     for record in _field(body, "files", list, place):

@@ -1,18 +1,18 @@
 """Saving: the ranks write the boxes they hold, each byte once, and rank 0 commits."""
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from megatree.io.checkpoint.assign import assign
-from megatree.io.checkpoint.directory import staged, write_file
+from megatree.io.checkpoint.assign import Part, assign
+from megatree.io.checkpoint.directory import staged
 from megatree.io.checkpoint.extra import check_extra, differing, fingerprints
 from megatree.io.checkpoint.manifest import (
     ALIGNMENT,
     BLOCK_BYTES,
     MANIFEST_FILE,
+    MOST_BLOCK_BYTES,
     Chunk,
     Manifest,
     StoredLeaf,
@@ -20,12 +20,34 @@ from megatree.io.checkpoint.manifest import (
     rank_file,
 )
 from megatree.io.checkpoint.piece import Leaf, Piece
-from megatree.io.checkpoint.write import write_chunks
+from megatree.io.checkpoint.place import PathLike, Place, place_of
+from megatree.io.checkpoint.write import Source, straight_from, write_chunks
 from megatree.io.world import World
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SavePlan:
+    """What all ranks save, and what of it this one writes.
+
+    Args:
+        final: the directory to make.
+        held: this rank's pieces.
+        share: the parts of them that it writes.
+        declared: the leaves of all ranks.
+        extra: training state beside the arrays.
+        block_bytes: bytes under one checksum.
+    """
+
+    final: Place
+    held: list[Piece]
+    share: list[Part]
+    declared: frozenset[Leaf]
+    extra: Mapping[str, Any]
+    block_bytes: int
+
+
 def save(
-    path: str | os.PathLike[str],
+    path: PathLike,
     pieces: Iterable[Piece],
     *,
     world: World,
@@ -36,9 +58,10 @@ def save(
 
     Law: `path` appears with everything in it on the disk, or not at all; other checkpoints beside
     it are not touched. The bytes written are a function of the arrays, the boxes and `extra`.
+    Of data that is not contiguous in host memory, a few blocks at a time are copied there.
 
     Args:
-        path: the directory to make, visible to all ranks; see `step_name`.
+        path: the directory to make, visible to all ranks, or its fsspec URL; see `step_name`.
         pieces: this rank's boxes. Equal boxes on several ranks are replicas (their values are
             trusted to be equal) and are written once, by shares; others must be disjoint and
             cover their leaf.
@@ -51,26 +74,51 @@ def save(
         ValueError: on every rank, if the pieces of any rank are wrong or `path` exists.
         OSError: on every rank, if any cannot write.
     """
-    final, state = Path(path), dict(extra or {})
+    plan = plan_save(path, pieces, world=world, extra=extra, block_bytes=block_bytes)
+    carry_out(plan, straight_from(plan.share, plan.held, block_bytes), world)
+
+
+def plan_save(
+    path: PathLike,
+    pieces: Iterable[Piece],
+    *,
+    world: World,
+    extra: Mapping[str, Any] | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> SavePlan:
+    """Compare what the ranks hold and share the work; see `save`."""
+    final, state = place_of(path), dict(extra or {})
     held, prints = world.agree(lambda: _checked(pieces, state, block_bytes))
     told = world.gather(([(piece.leaf, piece.box) for piece in held], prints))
     _refuse_differing([prints for _, prints in told], final)
     shares = assign([parts for parts, _ in told], str(final), block_bytes=block_bytes)
-    declared = {leaf for parts, _ in told for leaf, _ in parts}
-    with staged(final, world) as staging:
-        file, share = staging / rank_file(world.rank), shares[world.rank]
-        chunks = world.agree(lambda: write_chunks(file, share, held, block_bytes))
+    return SavePlan(
+        final=final,
+        held=held,
+        share=shares[world.rank],
+        declared=frozenset(leaf for parts, _ in told for leaf, _ in parts),
+        extra=state,
+        block_bytes=block_bytes,
+    )
+
+
+def carry_out(plan: SavePlan, source: Source, world: World) -> None:
+    """Write this rank's share as a source gives it, and commit when all ranks have; see `save`."""
+    file = rank_file(world.rank)
+    with staged(plan.final, world) as staging:
+        chunks = world.agree(lambda: write_chunks(staging, file, plan.share, source))
         written = [chunk for chunks_of_rank in world.gather(chunks) for chunk in chunks_of_rank]
-        manifest = _manifest(declared, written, block_bytes, state)
-        world.on_first(lambda: write_file(staging / MANIFEST_FILE, encode(manifest)))
+        manifest = _manifest(plan.declared, written, plan.block_bytes, plan.extra)
+        world.on_first(lambda: staging.put(MANIFEST_FILE, encode(manifest)))
 
 
 def _checked(
     pieces: Iterable[Piece], extra: dict[str, Any], block_bytes: int
 ) -> tuple[list[Piece], dict[str, int]]:
-    if block_bytes < ALIGNMENT or block_bytes % ALIGNMENT:
+    if not ALIGNMENT <= block_bytes <= MOST_BLOCK_BYTES or block_bytes % ALIGNMENT:
         raise ValueError(
-            f"save: block_bytes is {block_bytes}. Give a positive multiple of {ALIGNMENT}."
+            f"save: block_bytes is {block_bytes}. Give a positive multiple of {ALIGNMENT}, at most "
+            f"{MOST_BLOCK_BYTES}."
         )
     check_extra(extra, "extra")
     held = list(pieces)
@@ -79,7 +127,7 @@ def _checked(
     return held, fingerprints(extra)
 
 
-def _refuse_differing(prints: Sequence[Mapping[str, int]], final: Path) -> None:
+def _refuse_differing(prints: Sequence[Mapping[str, int]], final: Place) -> None:
     keys = differing(prints)
     if keys:
         raise ValueError(

@@ -1,14 +1,12 @@
 """Writing one rank's chunk file: some blocks are checksummed while others are written."""
 
-import os
 import zlib
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import islice
-from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -17,36 +15,59 @@ from megatree.io.checkpoint.box import Box, intersect, slices
 from megatree.io.checkpoint.manifest import Chunk, blocks_of, place
 from megatree.io.checkpoint.memory import gather_bytes, memory
 from megatree.io.checkpoint.piece import Piece
+from megatree.io.checkpoint.place import Place
 
 # A core makes CRC-32 of 3.7 GB/s (measured, zlib of CPython 3.11), more than a disk takes.
 NUM_THREADS = 4
 BLOCKS_AHEAD = 8  # prepared and not yet written: bounds the memory of what had to be copied
 
+Summed: TypeAlias = tuple[memoryview, int]
+"""The bytes of a block, and their checksum."""
+
+
+class Block(NamedTuple):
+    """A block on its way to the file.
+
+    Args:
+        chunk: index of its chunk.
+        at: its first byte in the file.
+        ready: its bytes and their checksum.
+    """
+
+    chunk: int
+    at: int
+    ready: "Future[Summed]"
+
+
+Source: TypeAlias = Callable[[Sequence[Chunk]], Iterable[Block]]
+"""Gives the blocks of chunks in the order of the file; one is given up when the next is asked."""
+
 
 def write_chunks(
-    file: Path, parts: Sequence[Part], held: Sequence[Piece], block_bytes: int
+    directory: Place, file: str, parts: Sequence[Part], source: Source
 ) -> list[tuple[str, Chunk]]:
-    """Write the parts into a new file, wait for the disk, and return (leaf path, chunk) of each.
+    """Write the parts into a new file, wait until it is safe, and return (leaf path, chunk) of
+    each.
 
     Raises:
         OSError: the file cannot be written.
     """
-    chunks = place(parts, file.name)
+    chunks = place(parts, file)
     if not chunks:
         return []
-    data = [_data(part, held) for part in parts]
+    checksums: list[list[int]] = [[] for _ in chunks]
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            checksums = _write_all(descriptor, chunks, data, block_bytes)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        # One thread writes: on one file writes exclude each other, and more would only wait.
+        with directory.writer(file) as write:
+            for index, at, ready in source(chunks):
+                block, checksum = ready.result()
+                checksums[index].append(checksum)
+                write(block, at)
     except OSError as error:
         raise OSError(
-            f"{file}: cannot write its {chunks[-1].offset + chunks[-1].nbytes} bytes "
-            f"({error.strerror}). Make room, or save to a directory that every rank sees and may "
-            "write; earlier checkpoints are intact."
+            f"{directory / file}: cannot write its {chunks[-1].offset + chunks[-1].nbytes} bytes "
+            f"({error.strerror or error}). Make room, or save to a directory that every rank sees "
+            "and may write; earlier checkpoints are intact."
         ) from error
     return [
         (leaf.path, replace(chunk, checksums=tuple(sums)))
@@ -54,42 +75,41 @@ def write_chunks(
     ]
 
 
-def _data(part: Part, held: Sequence[Piece]) -> Tensor:
-    leaf, box = part
+def straight_from(parts: Sequence[Part], held: Sequence[Piece], block_bytes: int) -> Source:
+    """Return the source that reads the pieces' own memory while it is written."""
+    data = data_of(parts, held)
+
+    def blocks(chunks: Sequence[Chunk]) -> Iterator[Block]:
+        jobs = (
+            (index, chunk.offset + start, partial(_block, tensor, view, chunk.box, start, stop))
+            for index, chunk, tensor in zip(range(len(chunks)), chunks, data, strict=True)
+            for view in [memory(tensor)]
+            for start, stop in blocks_of(chunk.nbytes, block_bytes)
+        )
+        pending: deque[Block] = deque()
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            for index, at, job in jobs:
+                pending.append(Block(index, at, pool.submit(job)))
+                if len(pending) > BLOCKS_AHEAD:
+                    yield pending.popleft()
+            yield from pending
+
+    return blocks
+
+
+def data_of(parts: Sequence[Part], held: Sequence[Piece]) -> list[Tensor]:
+    """Return the elements of parts that this rank holds."""
+    by_path: dict[str, list[Piece]] = {}
     for piece in held:
-        if piece.path == leaf.path and intersect(box, piece.box) == box:
-            return piece.tensor[slices(box, piece.box)]
-    raise AssertionError(f"{leaf.path}: this rank was given a box that it does not hold")
+        by_path.setdefault(piece.path, []).append(piece)
+    found = []
+    for leaf, box in parts:
+        piece = next(p for p in by_path[leaf.path] if intersect(box, p.box) == box)
+        found.append(piece.tensor[slices(box, piece.box)])
+    return found
 
 
-def _write_all(
-    descriptor: int, chunks: Sequence[Chunk], data: Sequence[Tensor], block_bytes: int
-) -> list[list[int]]:
-    """Write the blocks in the order of the file and return their checksums.
-
-    One thread writes: on one file writes exclude each other, and more would only wait.
-    """
-    checksums: list[list[int]] = [[] for _ in chunks]
-    jobs = (
-        (index, chunk.offset + start, partial(_block, tensor, view, chunk.box, start, stop))
-        for index, chunk, tensor in zip(range(len(chunks)), chunks, data, strict=True)
-        for view in [memory(tensor)]
-        for start, stop in blocks_of(chunk.nbytes, block_bytes)
-    )
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        pending = deque((i, at, pool.submit(job)) for i, at, job in islice(jobs, BLOCKS_AHEAD))
-        while pending:
-            index, at, future = pending.popleft()
-            block, checksum = future.result()
-            pending.extend((i, a, pool.submit(job)) for i, a, job in islice(jobs, 1))
-            checksums[index].append(checksum)
-            _write_at(descriptor, block, at)
-    return checksums
-
-
-def _block(
-    data: Tensor, view: memoryview | None, box: Box, start: int, stop: int
-) -> tuple[memoryview, int]:
+def _block(data: Tensor, view: memoryview | None, box: Box, start: int, stop: int) -> Summed:
     """Return bytes `start` to `stop` of a chunk, copied only if need be, and their checksum."""
     size = data.dtype.itemsize
     if view is not None:
@@ -97,9 +117,3 @@ def _block(
     else:
         block = gather_bytes(data, box, start // size, stop // size)
     return block, zlib.crc32(block)
-
-
-def _write_at(descriptor: int, block: memoryview, at: int) -> None:
-    while block:
-        written = os.pwrite(descriptor, block, at)
-        block, at = block[written:], at + written

@@ -16,6 +16,7 @@ import torch
 from megatree.io import world
 from megatree.io.checkpoint import Piece, latest, load, load_extra, save, step_name
 from megatree.io.checkpoint.directory import staged
+from megatree.io.checkpoint.place import place_of
 from megatree.io.world import World
 
 ONE = World.single()
@@ -198,7 +199,7 @@ def test_a_save_removes_what_dead_ones_left_and_nothing_else(tmp_path):
 
 def test_two_writers_in_one_directory_do_not_disturb_each_other(tmp_path):
     """Only here: a living save must not look stale to another job's."""
-    with staged(tmp_path / "step_00000001", ONE) as staging:
+    with staged(place_of(tmp_path / "step_00000001"), ONE) as staging:
         (staging / "manifest.msgpack").write_bytes(b"")
         save(tmp_path / "step_00000002", [], world=ONE)
         assert staging.is_dir()
@@ -210,7 +211,7 @@ def test_two_writers_in_one_directory_do_not_disturb_each_other(tmp_path):
 
 def test_of_two_writers_of_one_step_the_second_fails_and_the_first_stays(tmp_path):
     def both() -> None:
-        with staged(tmp_path / "c", ONE):
+        with staged(place_of(tmp_path / "c"), ONE):
             save(tmp_path / "c", [], world=ONE, extra={"first": True})
 
     with pytest.raises(ValueError, match="this checkpoint exists already"):
@@ -221,7 +222,7 @@ def test_of_two_writers_of_one_step_the_second_fails_and_the_first_stays(tmp_pat
 
 def test_an_interrupt_removes_the_staging_directory(tmp_path):
     def interrupted() -> None:
-        with staged(tmp_path / "c", ONE):
+        with staged(place_of(tmp_path / "c"), ONE):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -78,7 +78,11 @@ BODIES = {
     ),
     "no blocks": (
         lambda body: body.update(block_bytes=0),
-        "block_bytes is 0, no positive multiple of 64",
+        "block_bytes is 0, no positive multiple of 64 up to 1073741824",
+    ),
+    "blocks that fill the memory": (
+        lambda body: body.update(block_bytes=1 << 40),
+        "block_bytes is 1099511627776, no positive multiple of 64 up to 1073741824",
     ),
     "one path twice": (
         lambda body: body["leaves"].append(

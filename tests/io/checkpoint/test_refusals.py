@@ -135,7 +135,7 @@ def test_dicts_in_another_order_are_the_same_extra(tmp_path, run_ranks):
 def test_save_needs_data_and_aligned_blocks(tmp_path):
     with refused("blocks.k: the piece has no data. Pass it with data=."):
         save(tmp_path / "c", [piece()], world=ONE)
-    with refused("save: block_bytes is 100. Give a positive multiple of 64."):
+    with refused("save: block_bytes is 100. Give a positive multiple of 64, at most 1073741824."):
         save(tmp_path / "c", [], world=ONE, block_bytes=100)
 
 

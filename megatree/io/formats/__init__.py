@@ -1,0 +1,1 @@
+"""Neighbouring formats, one file each, behind one protocol: boxes of named arrays in and out."""
