@@ -27,8 +27,13 @@ def _start(fields: Mapping[str, Any]) -> list[str]:
             f"  {name}: {_shown(new)} (was {_shown(old)})"
             for name, (old, new) in fields["changed"].items()
         ]
+    elif fields["weights"]:
+        lines.append(f"starts anew with the weights of {escape(fields['weights'])}")
+        lines += [f"  {escape(path)} begins anew" for path in fields.get("skipped", ())]
     elif fields["directory"]:
         lines.append(f"starts anew, kept in {escape(fields['directory'])}")
+    if fields.get("masters"):
+        lines.append(f"  {escape(fields['masters'])}")
     if fields["step"] >= fields["steps"]:
         lines.append(
             f"is at step {fields['step']} of {fields['steps']} already: nothing left to do. "
@@ -42,6 +47,7 @@ def _step(fields: Mapping[str, Any]) -> list[str]:
         f"step {fields['step']:>6}  loss [bold]{fields['loss']:.4f}[/]  "
         f"grad norm {fields['grad_norm']:7.3f}  lr {fields['lr']:.2e}  "
         f"{fields['tokens_per_s']:>9,.0f} tokens/s  {fields['ms']:>7,.0f} ms"
+        + ("" if fields.get("mfu") is None else f"  {fields['mfu']:.1%} MFU")
     ]
 
 
@@ -56,7 +62,23 @@ def _saved(fields: Mapping[str, Any]) -> list[str]:
     return [f"step {fields['step']:>6}  saved {escape(fields['path'])}  ({fields['ms']:,.0f} ms)"]
 
 
-_LINES = {"start": _start, "step": _step, "eval": _eval, "saved": _saved}
+def _odd(fields: Mapping[str, Any]) -> list[str]:
+    return [f"step {fields['step']:>6}  [yellow]{escape(fields['text'])}[/]"]
+
+
+def _stopped(fields: Mapping[str, Any]) -> list[str]:
+    end = "the same command goes on from here" if fields["saved"] else "nothing is saved"
+    return [f"step {fields['step']:>6}  asked to stop: {end}"]
+
+
+_LINES = {
+    "start": _start,
+    "step": _step,
+    "eval": _eval,
+    "saved": _saved,
+    "odd": _odd,
+    "stopped": _stopped,
+}
 
 
 def _ranks(number: int) -> str:

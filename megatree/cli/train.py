@@ -17,10 +17,12 @@ class Train:
     Args:
         config: the run.
         nproc: processes to start on this machine; 0 for as many as the mesh has ranks.
+        layout: a saved layout, or a config.json: take mesh, rules, pipeline and context from it.
     """
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     nproc: int = 0
+    layout: str = ""
 
 
 ABOUT = "Train a recipe. Where its folder has checkpoints, it goes on from the latest."
@@ -33,8 +35,12 @@ def main(args: list[str]) -> int:
     options = tyro.cli(
         Train, default=Train(config=cfg), prog=prog, description=ABOUT, args=args[1:]
     )
+    from megatree.recipes.build import check_pipeline
+    from megatree.recipes.care import group_timeout
     from megatree.recipes.job import run
     from megatree.recipes.start import start
 
-    start(run, options.config.mesh, options.config, show, nproc=options.nproc)
+    check_pipeline(options.config)
+    cfg = options.config
+    start(run, cfg.mesh, cfg, show, nproc=options.nproc, timeout_s=group_timeout(cfg))
     return 0

@@ -167,12 +167,17 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["demo"])
 
 
-def test_help_imports_no_torch() -> None:
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["train"], ["train", "demo"], ["explain", "demo"], ["plan", "demo"], ["generate"]],
+    ids=" ".join,
+)
+def test_help_imports_no_torch(argv: list[str]) -> None:
     """Torch alone takes over a second, and help is what a new user types first."""
     code = (
         "import sys\n"
         "from megatree.cli import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        f"try:\n    main([*{argv}, '--help'])\nexcept SystemExit:\n    pass\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
     root = Path(__file__).parents[2]

@@ -7,6 +7,8 @@ import pytest
 
 from megatree.cli.main import main
 from megatree.cli.progress import show
+from megatree.io.checkpoint import load_extra
+from megatree.io.tokenizers import identity_beside
 from megatree.recipes import metrics
 from megatree.recipes.config import MeshConfig
 from megatree.recipes.saved import to_json
@@ -48,7 +50,7 @@ def test_a_run_on_two_processes_goes_on_in_one_and_generates(
     assert main(["train", run, "--mesh.tp", "1", "--rules.seq-res", "--train.steps", "4"]) == 0
     out, _ = capfd.readouterr()
     assert f"goes on from {tmp_path}/run/step_00000003" in out
-    changes = ("mesh.tp: 1 (was 2)", "rules.seq_res: (none) (was tp)", "train.steps: 4 (was 3)")
+    changes = ("mesh.tp: 1 (was 2)", "rules.seq_res: (none) (was cp tp)", "train.steps: 4 (was 3)")
     assert [change in out for change in changes] == [True] * 3
     assert [match[1] for match in LINE.finditer(out)] == ["4"]
 
@@ -72,9 +74,10 @@ def test_what_only_the_ranks_can_see_is_refused_without_a_traceback(
     recipe = saved(tmp_path, mesh=MeshConfig(dp=2))
     assert main(["train", recipe, "--model.vocab-size", "300"]) == 2
     out, err = capfd.readouterr()
-    assert err == (
-        "megatree: model.vocab_size: 300, but the tokenizer has 512 entries. "
-        "Set model.vocab_size to 512, or use a smaller tokenizer.\n"
+    assert re.fullmatch(
+        r"megatree: (rank 0: )?model.vocab_size: 300, but the tokenizer has 512 entries\. "
+        r"Set model.vocab_size to 512, or use a smaller tokenizer\.\n",
+        err,
     )
     assert out == ""
 
@@ -122,3 +125,26 @@ def test_an_interrupt_ends_quietly(
 def test_brackets_in_a_path_are_no_markup(capfd: pytest.CaptureFixture[str]) -> None:
     show("saved", {"step": 1, "path": "runs/[bold]x[/]", "ms": 1.0})
     assert "saved runs/[bold]x[/]" in capfd.readouterr().out
+
+
+def test_text_becomes_files_and_files_a_run_that_generates(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The way of a user with a text of their own, command by command."""
+    recipe = saved(tmp_path, steps=2)
+    text, tok = str(tmp_path / "text.jsonl"), str(tmp_path / "tok")
+    assert main(["data", "train-tokenizer", text, "--output", tok, "--vocab-size", "280"]) == 0
+    made = ["--output-prefix", str(tmp_path / "a"), "--append-eod", "--workers", "1"]
+    kind = ["--tokenizer.kind", "hf", "--tokenizer.path", tok]
+    assert main(["data", "preprocess", text, *made, *kind]) == 0
+    prefix = str(tmp_path / "a_text_document")
+    options = ["--data.text=", "--data.tokenizer=", "--data.split", "1,1", "--data.reset-attention"]
+    assert main(["train", recipe, "--data.prefix", prefix, *options]) == 0
+    out, _ = capfd.readouterr()
+    assert "saved" in out
+    extra = load_extra(tmp_path / "run" / "step_00000002")
+    assert extra["tokenizer"] == identity_beside(prefix)
+    assert (extra["consumed"], extra["samples"]) == (8, 8)
+    words = ["--prompt", "the cat", "--max-tokens", "4"]
+    assert main(["generate", "--checkpoint", str(tmp_path / "run"), *words]) == 0
+    assert capfd.readouterr().out.startswith("the cat")
