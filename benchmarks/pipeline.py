@@ -158,6 +158,7 @@ def by_hand(step: Step) -> Callable[[], object]:
                 x = arrived.pop(event)() if event in arrived else made.pop(event)
             if kind == "F":
                 entered = carry = () if x is None else (x.detach().requires_grad_(),)
+                out: tuple[Tensor, ...] = ()
                 for call, w, tail, num_carry in calls[number, i]:
                     out = call(*w, *carry, *tail)
                     carry = out[:num_carry]

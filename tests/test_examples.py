@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-QUICK = {"own_op", "collective_matmul", "hand_written_schedule"}
+QUICK = {"own_op"}
 
 
 def marks(path: Path) -> list[pytest.MarkDecorator]:

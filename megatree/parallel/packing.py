@@ -249,7 +249,9 @@ def pack(
             told = rule(path, len(ty.shape))
             key = (unit, layers, program.sync[path], stored, copies, holders, told, ty.dtype)
             found.setdefault(key, []).append((path, dim))
-    return tuple(_group(program, key, paths) for key, paths in found.items())
+    groups = tuple(_group(program, key, paths) for key, paths in found.items())
+    assert len({group.name for group in groups}) == len(groups), "two rules print alike"
+    return groups
 
 
 def _group(program: ModelProgram, key: tuple[Any, ...], paths: list[tuple[str, int]]) -> Group:

@@ -1,6 +1,6 @@
 """How a run updates its weights: optimizer, learning rate, precision, storage."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatree.runtime.batch_ramp import BatchRamp
@@ -63,8 +63,13 @@ class LrConfig:
             )
 
     def resolve(self, lr: float, min_lr: float, steps: int) -> LrSchedule:
-        """Return the schedule of a run of so many steps; its first step does not stand still."""
+        """Return the schedule of a run of so many steps; its first step does not stand still.
+
+        A run that ends within its warm-up has the rates that a longer one begins with.
+        """
         length = Samples(self.samples) if self.samples else Steps(self.steps or steps)
+        if not self.samples and not self.steps:
+            length = Steps(max(steps, self.warmup_steps + 1))
         unit = Samples if self.samples else Steps
         count = self.warmup_samples or self.warmup_steps
         warmup = Fraction(self.warmup_fraction) if self.warmup_fraction else unit(count)
@@ -80,8 +85,7 @@ class LrConfig:
         )
         if not plain.warmup or self.samples:
             return plain
-        first = lr / (plain.warmup + 1.0)
-        return LrSchedule(**{**vars(plain), "init_lr": first})
+        return replace(plain, init_lr=lr / (plain.warmup + 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)

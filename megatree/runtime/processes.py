@@ -61,7 +61,8 @@ def background_world() -> World:
     if not dist.is_initialized():
         return World.single()
     # In time the waiting for a rank whose disk is slow; a rank that is gone ends the job anyway.
-    return world_of_group(dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    return world_of_group(group)
 
 
 def world_of_group(group: dist.ProcessGroup | None = None) -> World:

@@ -74,12 +74,12 @@ def test_version_says_ours_and_torchs(capfd: pytest.CaptureFixture[str]) -> None
         (
             ["train", "lama-1b"],
             "lama-1b: no recipe is called so (did you mean 'llama-1b'?). "
-            "Use one of demo, gpt2-small, gpt2-345m, llama-1b, llama-7b.",
+            f"Use one of {', '.join(RECIPES)}.",
         ),
         (
             ["train", "--nproc", "2", "demo"],
             "--nproc: comes before the recipe. Type megatree train RECIPE --nproc ..., with one of "
-            "demo, gpt2-small, gpt2-345m, llama-1b, llama-7b.",
+            f"{', '.join(RECIPES)}.",
         ),
         (
             ["train", "demo", "--nproc", "3"],

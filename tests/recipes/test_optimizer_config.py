@@ -35,7 +35,7 @@ def demo(**changes: Any) -> RunConfig:
 
 
 def optimizer(**changes: Any) -> RunConfig:
-    return demo(optimizer=OptimizerConfig(**{"lr": 1.0, **changes}))
+    return demo(optimizer=OptimizerConfig(lr=1.0, **changes))
 
 
 @pytest.mark.parametrize(

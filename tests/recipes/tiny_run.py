@@ -33,7 +33,7 @@ def tiny_run(
 ) -> RunConfig:
     """Return a config whose data and checkpoints are in a folder."""
     mesh = mesh or MeshConfig()
-    fields = {"eval_every": 2, "eval_samples": 4, **train}
+    fields: Any = {"eval_every": 2, "eval_samples": 4, **train}
     return RunConfig(
         model=GPTConfig(
             vocab_size=512,
@@ -48,7 +48,7 @@ def tiny_run(
         rules=megatron_rules(sequence_parallel=mesh.tp > 1),
         data=DataConfig(text=str(write_text(folder)), tokenizer="demo", split="80,20"),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2),
-        train=TrainConfig(steps=steps, global_batch=4, microbatch=2, **fields),
+        train=replace(TrainConfig(steps=steps, global_batch=4, microbatch=2), **fields),
         checkpoint=CheckpointConfig(dir=str(folder / "run"), every=2),
     )
 

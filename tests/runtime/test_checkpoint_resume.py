@@ -10,6 +10,8 @@ import torch.distributed as dist
 from megatree.io.checkpoint import step_name
 from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.mesh import Mesh
+from megatree.parallel.storage import Storage
+from megatree.runtime.batch_ramp import BatchRamp
 from megatree.runtime.collectives import ProcessComm
 from megatree.runtime.processes import world_of_group
 from megatree.runtime.step import TrainState
@@ -21,6 +23,7 @@ TENSOR = Rules(kv_heads="tp", ffn="tp", vocab="tp", seq_res="tp")
 LAYOUTS = {
     "tp and sp": Layout(Mesh(tp=2), TENSOR),
     "dp": Layout(Mesh(dp=2), Rules(batch="dp")),
+    "zero-3": Layout(Mesh(dp=2), Rules(batch="dp"), storage=Storage("dp", "dp", "dp")),
 }
 
 
@@ -38,7 +41,8 @@ def run(
 
     loop = Loop(
         steps=stop,
-        global_batch=2 * BATCH,
+        # It grows within the first part, and again within the second.
+        global_batch=BatchRamp(start=BATCH, increment=BATCH, samples=8 * BATCH, final=3 * BATCH),
         microbatch=BATCH,
         save_every=3,
         directory=str(directory),
@@ -50,6 +54,7 @@ def run(
 
 def buffers(state: TrainState) -> dict[str, torch.Tensor]:
     named = {f"params {name}": buffer for name, buffer in state.params.items()}
+    named |= {f"master {name}": buffer for name, buffer in state.master.items()}
     for kind, group in state.opt.items():
         named |= {f"{kind} {name}": buffer for name, buffer in (group or {}).items()}
     return named

@@ -233,7 +233,7 @@ def test_a_checkpoint_loads_under_another_placement_and_tp(
     (expected,) = on_ranks(Layout(), stay)
     on_ranks(PLACED[before], first)
     for hop, name in enumerate((*after, "one device"), 1):
-        for seen in on_ranks(PLACED[name], lambda *a, hop=hop: go_on(*a, hop)):
+        for seen in on_ranks(PLACED[name], partial(go_on, hop=hop)):
             same_steps([seen], [expected[hop - 1]])
 
 

@@ -97,7 +97,8 @@ def plain() -> dict[str, Tensor]:
         for kinds in (out, *(out["blocks"].values())):
             kinds.pop("terms", None)
         out["head"].pop("terms", None)
-    whole = optree.tree_map(lambda *leaves: torch.stack(leaves).detach(), *outs)
+    trees: list[Any] = outs
+    whole = optree.tree_map(lambda *leaves: torch.stack(leaves).detach(), *trees)
     names, leaves, _ = flatten_with_names(whole)
     return dict(zip(names, leaves, strict=True))
 

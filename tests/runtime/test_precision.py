@@ -124,29 +124,29 @@ def test_a_static_loss_scale_changes_no_bit() -> None:
 
 
 def test_a_step_that_overflows_is_skipped_by_all_ranks_and_halves_the_scale() -> None:
-    """2**40 overflows float16 at once; nothing moves until the scale fits."""
-    scaling = DynamicLossScale(initial=2.0**40, window=3, hysteresis=1)
+    """2**32 overflows float16 at once; nothing moves until the scale fits."""
+    scaling = DynamicLossScale(initial=2.0**32, window=3, hysteresis=1)
     precision = Precision(loss_scale=scaling)
     layout = Layout(Mesh(dp=2), Rules(batch="dp"), storage=ZERO["zero-1"])
 
     def rank_main(comm: Any) -> Any:
         step = make(layout, comm, torch.float16, precision=precision)
         before = {k: v.clone() for k, v in weights_of_shards(step.init(0)).items()}
-        state, seen = run(step, 40)
+        state, seen = run(step, 26)
         return before, weights_of_shards(state), state, seen
 
     results = Threads({"dp": 2}).run(rank_main)
     skipped = [[m.skipped for m in seen] for _, _, _, seen in results]
     assert skipped[0] == skipped[1]
     first = skipped[0].index(False)
-    assert 10 < first < 38
+    assert 10 < first < 24
     assert all(skipped[0][:first])
     scales = [m.loss_scale for m in results[0][3]]
-    assert scales[:first] == [2.0 ** (40 - n) for n in range(first)]
+    assert scales[:first] == [2.0 ** (32 - n) for n in range(first)]
     assert max(scales[first:]) > scales[first]  # and grows again after good steps
     for before, after, state, seen in results:
-        assert state.step == 40
-        assert state.updates == 40 - sum(m.skipped for m in seen)
+        assert state.step == 26
+        assert state.updates == 26 - sum(m.skipped for m in seen)
         assert any(not torch.equal(before[name], after[name]) for name in before)
         assert all(torch.isfinite(x).all() for x in after.values())
 
@@ -228,7 +228,7 @@ def test_stochastic_rounding_does_not_depend_on_the_mesh() -> None:
 
 def test_gradients_may_travel_in_bfloat16() -> None:
     """The sum of four ranks is off by bf16's rounding, and by no more."""
-    for storage in (Storage(), ZERO["zero-1"], ZERO["zero-2"]):
+    for storage in (Storage(), ZERO["zero-2"]):
         layout = Layout(Mesh(dp=4), Rules(batch="dp"), storage=storage)
         norms = {}
         for name, reduce in {"float32": None, "bfloat16": torch.bfloat16}.items():
@@ -284,3 +284,15 @@ def test_an_optimizer_of_whole_matrices_equals_one_device(name: str, layout: Lay
     assert len(set(expected)) == 4
     for got in Threads(layout.mesh.sizes).run(lambda comm: losses(layout, comm)):
         assert got == pytest.approx(expected, rel=1e-11)
+
+
+def test_groups_of_different_rules_have_different_names() -> None:
+    """Buffers go by name: two groups of one name would share a buffer."""
+    names = ("wq", "wo")
+    rules = {
+        "blocks.dense.wq": LeafRule(matrix=True),
+        "blocks.dense.wo": LeafRule(matrix=True, columns_are_inputs=False),
+    }
+    step = make(Layout(), None, torch.float32, rules=by_path(rules))
+    of = {leaf.path: group.name for group in step.groups for leaf in group.leaves}
+    assert len({of[f"blocks.dense.{name}"] for name in names}) == 2

@@ -140,8 +140,8 @@ def check(cfg: GPTConfig, layout: Layout, steps: int = 10) -> None:
 
 
 @pytest.mark.parametrize("storage", ZERO)
-def test_ten_clipped_steps_under_tensor_and_data_parallelism(storage: str) -> None:
-    check(GPT2, Layout(Mesh(dp=2, tp=2), SP, storage=ZERO[storage]))
+def test_clipped_steps_under_tensor_and_data_parallelism(storage: str) -> None:
+    check(GPT2, Layout(Mesh(dp=2, tp=2), SP, storage=ZERO[storage]), steps=4)
 
 
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
@@ -154,7 +154,7 @@ SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
 
 @pytest.mark.parametrize("storage", ["zero-1", "zero-3"])
 @pytest.mark.parametrize("name", ["1f1b", "zb-v"])
-def test_ten_clipped_steps_in_a_pipeline(name: str, storage: str) -> None:
+def test_clipped_steps_in_a_pipeline(name: str, storage: str) -> None:
     """Tied tables on two stages, and weight gradients that come after their cotangents."""
     mesh = Mesh(pp=2, dp=2)
     layout = Layout(mesh, Rules(batch="dp"), schedule=SCHEDULES[name], storage=ZERO[storage])
@@ -173,8 +173,17 @@ def test_all_storages_and_schedules(name: str, storage: str, cfg: GPTConfig) -> 
 @pytest.mark.parametrize(
     "storage", ["inside, state everywhere", "gradients inside, state everywhere"]
 )
-def test_ten_clipped_steps_under_hybrid_storage(storage: str) -> None:
-    check(LLAMA, replace(hybrid_mesh(), storage=HYBRID[storage]))
+def test_clipped_steps_under_hybrid_storage(storage: str) -> None:
+    check(LLAMA, replace(hybrid_mesh(), storage=HYBRID[storage]), steps=4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("storage", [*ZERO, *HYBRID])
+def test_ten_clipped_steps(storage: str) -> None:
+    layout = Layout(Mesh(dp=2, tp=2), SP, storage=ZERO.get(storage, Storage()))
+    if storage in HYBRID:
+        layout = replace(hybrid_mesh(), storage=HYBRID[storage])
+    check(GPT2, layout)
 
 
 @ranks(2)
@@ -183,10 +192,10 @@ def test_processes_agree_with_plain_data_parallelism() -> None:
     parallelism.
     """
     layout = Layout(Mesh(dp=2), Rules(batch="dp"))
-    expected = train(GPT2, layout, ProcessComm(layout.mesh), steps=5)
+    expected = train(GPT2, layout, ProcessComm(layout.mesh), steps=3)
     for storage in ZERO.values():
         cut = replace(layout, storage=storage)
-        seen = train(GPT2, cut, ProcessComm(layout.mesh), steps=5)
+        seen = train(GPT2, cut, ProcessComm(layout.mesh), steps=3)
         assert [loss for loss, _ in seen[:1]] == [loss for loss, _ in expected[:1]]
         torch.testing.assert_close(
             torch.tensor(seen, dtype=torch.float64),

@@ -38,8 +38,11 @@ def node_flops(node: fx.Node, sizes: dict[str, int], *, local: bool) -> int:
         for labels, ty in zip(sig.operands, operands, strict=False):
             extent.update({x: n for x, n in zip(labels, shape(ty), strict=True) if x is not None})
         return 2 * math.prod(extent.values())
+    if node.meta.get("op") == "linear_cross_entropy":
+        x, table = (shape(ty) for ty in operands[:2])
+        return 2 * math.prod(x) * table[0]
     if node.meta.get("op") in ATTENTION:
-        q, k, v = (shape(ty) for ty in operands[:3])
+        q, _, v = (shape(ty) for ty in operands[:3])
         # A rank's queries see all sources, those of other ranks (of a cut sequence) too.
         pairs = math.prod(q[:-1]) * operands[1].shape[1]
         causal = node.kwargs.get("causal", True)

@@ -22,7 +22,8 @@ class LeafRule:
     columns_are_inputs: bool = True
 
     def __str__(self) -> str:
-        parts = [f"lr {self.lr:g}", f"decay {self.decay:g}", "matrix" * self.matrix]
+        kind = "matrix" if self.columns_are_inputs else "matrix of outputs"
+        parts = [f"lr {self.lr!r}", f"decay {self.decay!r}", kind if self.matrix else ""]
         return " ".join(part for part in parts if part)
 
 
