@@ -5,9 +5,11 @@ from megatree.functional.annotate import as_partial, shard
 from megatree.functional.attention import attention
 from megatree.functional.casts import cast, stop_gradient
 from megatree.functional.contraction import einsum, linear, project
+from megatree.functional.dispatch import experts
 from megatree.functional.dropout import dropout
 from megatree.functional.embedding import embedding
 from megatree.functional.keys import fold
+from megatree.functional.linear_loss import linear_cross_entropy
 from megatree.functional.local_map import Out, local_map
 from megatree.functional.loss import cross_entropy
 from megatree.functional.norms import layer_norm, rms_norm
@@ -21,6 +23,12 @@ from megatree.functional.reductions import (
     top_k,
 )
 from megatree.functional.rotary import rope, rope_table
+from megatree.functional.router import (
+    drop_over_capacity,
+    expert_counts,
+    route,
+    router_probabilities,
+)
 
 __all__ = [
     "Out",
@@ -29,14 +37,18 @@ __all__ = [
     "cast",
     "cross_entropy",
     "cumsum",
+    "drop_over_capacity",
     "dropout",
     "einsum",
     "embedding",
+    "expert_counts",
+    "experts",
     "fold",
     "gelu",
     "gelu_tanh",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "local_map",
     "log_softmax",
     "mean",
@@ -45,6 +57,8 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_table",
+    "route",
+    "router_probabilities",
     "shard",
     "silu",
     "softmax",

@@ -39,11 +39,14 @@ class Segment:
         apply: the function (see `Block`).
         params: tree of Param, its own leaves.
         borrows: name in `w` -> path in the model's parameters ("embed.table"), for tied leaves.
+        end: what runs instead of `apply` where a chain is made to end here (`Chain.up_to`), for a
+            segment that else consumes what it computes; None: `apply`.
     """
 
     apply: Block
     params: Mapping[str, Any] = field(default_factory=dict)
     borrows: Mapping[str, str] = field(default_factory=dict)
+    end: Block | None = None
 
     def __post_init__(self) -> None:
         both = sorted(set(self.params) & set(self.borrows))
@@ -140,8 +143,11 @@ class Chain:
         names = list(self.segments)
         if last not in names:
             raise ValueError(f"Chain: no segment {last!r}. Segments are {names}.")
-        kept = names[: names.index(last) + 1]
-        return replace(self, segments={name: self.segments[name] for name in kept})
+        kept = {name: self.segments[name] for name in names[: names.index(last) + 1]}
+        final = kept[last]
+        if isinstance(final, Segment) and final.end is not None:
+            kept[last] = replace(final, apply=final.end, end=None)
+        return replace(self, segments=kept)
 
     def apply(self, params: Any, batch: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
         """Run the model on plain tensors: the fold of the carry over the segments.

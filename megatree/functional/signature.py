@@ -18,7 +18,8 @@ class Signature:
     Args:
         operands: per operand, per dim, its label.
         outputs: per output, per dim, its label.
-        sums, whole, own: the labels of these classes; all others are free.
+        sums, whole, own: the labels of these classes; all others are free. One that is owned and
+            summed is owned by the value alone: gradients of operands without it are pending sums.
         linear: sets of operand positions in which the op is jointly linear. A pending sum passes
             if the operands that carry it are exactly one of these sets.
         product: whether the op is exactly the contraction that its labels spell.
@@ -40,8 +41,8 @@ def parse(text: str, ranks: Sequence[int], linear: Sequence[Sequence[int]] = ())
     """Parse a signature for operands of the given ranks.
 
     Labels are words; "..." stands for leading dims, labelled "0", "1", ... from the left. A mark
-    on a label gives its class: "+" sum, "!" whole, "@" own. A label that is in no output must
-    carry a mark.
+    on a label gives its class: "+" sum, "!" whole, "@" own, "@+" own and sum (see `Signature`);
+    "...+" sums all leading dims. A label that is in no output must carry a mark.
 
     Args:
         text: "operand, operand -> output, output".
@@ -58,10 +59,10 @@ def parse(text: str, ranks: Sequence[int], linear: Sequence[Sequence[int]] = ())
     def words(part: str) -> list[str]:
         names = []
         for word in part.split():
-            if word != "..." and word[-1] in _MARKS:
-                classes[_MARKS[word[-1]]].add(word[:-1])
-                word = word[:-1]
-            names.append(word)
+            name = word.rstrip("".join(_MARKS))
+            for mark in word[len(name) :]:
+                classes[_MARKS[mark]].add(name)
+            names.append(name)
         return names
 
     ins, outs = [words(p) for p in left.split(",")], [words(p) for p in right.split(",")]
@@ -86,6 +87,10 @@ def parse(text: str, ranks: Sequence[int], linear: Sequence[Sequence[int]] = ())
         return tuple(out)
 
     operands, outputs = tuple(map(expand, ins)), tuple(map(expand, outs))
+    for labels in classes.values():
+        if "..." in labels:
+            labels.remove("...")
+            labels.update(map(str, range(dots or 0)))
     gone = {x for names in operands for x in names} - {x for names in outputs for x in names}
     unmarked = sorted(gone - classes["sums"] - classes["whole"] - classes["own"])
     if unmarked:

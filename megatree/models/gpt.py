@@ -12,10 +12,10 @@ from torch import Tensor
 import megatree.functional as F
 from megatree.functional.annotate import shard
 from megatree.functional.chain import Chain, Segment, Stack
-from megatree.functional.param import Array, Param, normal, ones, zeros
+from megatree.functional.param import Array, Init, Param, normal, ones, zeros
 from megatree.models.gpt_config import GPTConfig
 
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": F.gelu_tanh,
     "squared_relu": F.squared_relu,
@@ -31,6 +31,9 @@ def gpt(
 ) -> Chain:
     """Declare a dense decoder: segments embed, blocks, head (the carry becomes logits) and loss.
 
+    With `cfg.fused_loss` the head computes the loss too and there is no segment after it; it still
+    gives logits where the chain ends with it (`up_to("head")`).
+
     Args:
         cfg: sizes and choices.
         batch_size: sequences in a batch.
@@ -42,7 +45,7 @@ def gpt(
     Returns:
         A Chain. Its batch: tokens and labels (-100 is ignored), weights (the loss mask), and key
         if there is dropout. `outs["loss"]["terms"]["loss"]` is (sum of weighted losses in nats,
-        sum of weights).
+        sum of weights); `outs["head"]` has it if head and loss are one.
     """
     batch = {
         "tokens": Array("batch seq", torch.int64),
@@ -55,6 +58,14 @@ def gpt(
     if cfg.random:
         batch["key"] = Array("", torch.int64)
     borrows = {"table": "embed.table"} if cfg.tied else {}
+    ends = {
+        "head": Segment(apply=head, params=head_params(cfg), borrows=borrows),
+        "loss": Segment(apply=loss),
+    }
+    if cfg.fused_loss:
+        ends = {
+            "head": Segment(apply=head_and_loss, params=head_params(cfg), borrows=borrows, end=head)
+        }
     return Chain(
         segments={
             "embed": Segment(apply=embed, params=embed_params(cfg)),
@@ -62,8 +73,7 @@ def gpt(
                 kinds={"dense": Segment(apply=block, params=block_params(cfg))},
                 pattern=("dense",) * cfg.num_layers,
             ),
-            "head": Segment(apply=head, params=head_params(cfg), borrows=borrows),
-            "loss": Segment(apply=loss),
+            **ends,
         },
         cfg=cfg,
         sizes={
@@ -111,35 +121,48 @@ def embed_params(cfg: GPTConfig) -> dict[str, Param]:
 
 def block_params(cfg: GPTConfig) -> dict[str, Param]:
     """Declare one block."""
-    into, out_of = normal(cfg.init_std), normal(cfg.init_std / math.sqrt(2 * cfg.num_layers))
+    into, out_of = first_weights(cfg)
     weights = {
-        "wq": Param("kv_heads group head_dim embed", init=into),
-        "wk": Param("kv_heads head_dim embed", init=into),
-        "wv": Param("kv_heads head_dim embed", init=into),
-        "wo": Param("kv_heads group head_dim embed", init=out_of),
         "w_up": Param("ffn embed", init=into),
         "w_down": Param("ffn embed", init=out_of),
     }
     if cfg.activation == "swiglu":
         weights["w_gate"] = Param("ffn embed", init=into)
+    biases = {}
     if cfg.bias:
-        for name in ("wo", "w_down"):
-            weights[_bias(name)] = Param("embed", init=zeros)
-    biased = ("wq", "wk", "wv", "w_gate", "w_up") if cfg.bias else ("wq", "wk", "wv")
-    for name in biased if cfg.bias or cfg.qkv_bias else ():
-        if name in weights:
-            axes = weights[name].axes.removesuffix(" embed")
-            weights[_bias(name)] = Param(axes, init=zeros)
+        biases["b_down"] = Param("embed", init=zeros)
+        biases |= {_bias(name): Param("ffn", init=zeros) for name in weights if name != "w_down"}
+    return {**attention_params(cfg), **weights, **biases, **norm_params("norm2", cfg)}
+
+
+def attention_params(cfg: GPTConfig) -> dict[str, Param]:
+    """Declare the first half of a block: norm and attention."""
+    into, out_of = first_weights(cfg)
+    weights = {
+        "wq": Param("kv_heads group head_dim embed", init=into),
+        "wk": Param("kv_heads head_dim embed", init=into),
+        "wv": Param("kv_heads head_dim embed", init=into),
+        "wo": Param("kv_heads group head_dim embed", init=out_of),
+    }
+    if cfg.bias:
+        weights["bo"] = Param("embed", init=zeros)
+    for name in ("wq", "wk", "wv") if cfg.bias or cfg.qkv_bias else ():
+        weights[_bias(name)] = Param(weights[name].axes.removesuffix(" embed"), init=zeros)
     if cfg.qk_norm:
         weights["norm_q"] = Param("head_dim", init=ones)
         weights["norm_k"] = Param("head_dim", init=ones)
-    return {**weights, **_norm_params("norm1", cfg), **_norm_params("norm2", cfg)}
+    return {**weights, **norm_params("norm1", cfg)}
+
+
+def first_weights(cfg: GPTConfig) -> tuple[Init, Init]:
+    """Return how weights that read the residual stream begin, and those that write to it."""
+    return normal(cfg.init_std), normal(cfg.init_std / math.sqrt(2 * cfg.num_layers))
 
 
 def head_params(cfg: GPTConfig) -> dict[str, Param]:
     """Declare the last norm and, untied, the table of the head."""
     own = {} if cfg.tied else {"table": _table(cfg)}
-    return {**own, **_norm_params("norm", cfg)}
+    return {**own, **norm_params("norm", cfg)}
 
 
 def embed(
@@ -164,8 +187,8 @@ def block(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Add attention, then the feed-forward layer, to the residual stream."""
     x = carry
-    x = x + _finish(_attend(x, w, consts, cfg), w, "wo", consts, cfg)
-    x = x + _finish(_feed_forward(x, w, cfg), w, "w_down", consts, cfg)
+    x = x + finish(attend(x, w, consts, cfg), w, "wo", consts, cfg)
+    x = x + finish(feed_forward(x, w, cfg), w, "w_down", consts, cfg)
     return x, {}
 
 
@@ -173,7 +196,7 @@ def head(
     w: Any, carry: Tensor, consts: Mapping[str, Tensor], cfg: GPTConfig, *, state: Any = None
 ) -> tuple[Tensor, dict[str, Any]]:
     """Turn the residual stream into logits, cut along the vocabulary as the table is."""
-    x = shard(_norm(carry, w, "norm", cfg), "batch seq embed")
+    x = shard(norm(carry, w, "norm", cfg), "batch seq embed")
     return F.linear(x, w["table"]), {}
 
 
@@ -186,8 +209,19 @@ def loss(
     return None, {"terms": {"loss": ((nll * weights).sum(), weights.sum())}}
 
 
-def _attend(x: Tensor, w: Any, consts: Mapping[str, Tensor], cfg: GPTConfig) -> Tensor:
-    y = shard(_norm(x, w, "norm1", cfg), "batch seq embed")
+def head_and_loss(
+    w: Any, carry: Tensor, consts: Mapping[str, Tensor], cfg: GPTConfig, *, state: Any = None
+) -> tuple[None, dict[str, Any]]:
+    """Do what `head` and `loss` do, without logits."""
+    x = shard(norm(carry, w, "norm", cfg), "batch seq embed")
+    labels, weights = consts["labels"], consts["weights"]
+    total = F.linear_cross_entropy(x, w["table"], labels, weights, num_classes=cfg.vocab_size)
+    return None, {"terms": {"loss": (total, weights.sum())}}
+
+
+def attend(x: Tensor, w: Any, consts: Mapping[str, Tensor], cfg: GPTConfig) -> Tensor:
+    """Return what attention adds to the residual stream: a pending sum if heads are cut."""
+    y = shard(norm(x, w, "norm1", cfg), "batch seq embed")
     q, k, v = F.project(y, (w["wq"], w["wk"], w["wv"]))
     if cfg.bias or cfg.qkv_bias:
         q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
@@ -197,6 +231,8 @@ def _attend(x: Tensor, w: Any, consts: Mapping[str, Tensor], cfg: GPTConfig) -> 
     if cfg.positions == "rotary":
         q, k = F.rope(q, consts["rope"]), F.rope(k, consts["rope"])
     key = F.fold(consts["key"], consts["layer"], "attention") if cfg.attention_dropout else None
+    # A window that holds the whole sequence hides nothing.
+    window = cfg.window if cfg.window is not None and cfg.window < y.shape[1] else None
     o = F.attention(
         q,
         k,
@@ -204,14 +240,15 @@ def _attend(x: Tensor, w: Any, consts: Mapping[str, Tensor], cfg: GPTConfig) -> 
         key=key,
         segment_ids=consts.get("segments"),
         causal=True,
-        window=cfg.window,
+        window=window,
         dropout=cfg.attention_dropout,
     )
     return F.einsum("b t g r k, g r k d -> b t d", o, w["wo"])
 
 
-def _feed_forward(x: Tensor, w: Any, cfg: GPTConfig) -> Tensor:
-    y = shard(_norm(x, w, "norm2", cfg), "batch seq embed")
+def feed_forward(x: Tensor, w: Any, cfg: GPTConfig) -> Tensor:
+    """Return what the dense layer adds to the residual stream: a pending sum if it is cut."""
+    y = shard(norm(x, w, "norm2", cfg), "batch seq embed")
     if cfg.activation == "swiglu":
         gate, up = F.project(y, (w["w_gate"], w["w_up"]))
         if cfg.bias:
@@ -219,11 +256,11 @@ def _feed_forward(x: Tensor, w: Any, cfg: GPTConfig) -> Tensor:
         hidden = F.swiglu(gate, up)
     else:
         up = F.linear(y, w["w_up"])
-        hidden = _ACTIVATIONS[cfg.activation](up + w["b_up"] if cfg.bias else up)
+        hidden = ACTIVATIONS[cfg.activation](up + w["b_up"] if cfg.bias else up)
     return F.einsum("b t f, f d -> b t d", hidden, w["w_down"])
 
 
-def _finish(y: Tensor, w: Any, weight: str, consts: Mapping[str, Tensor], cfg: GPTConfig) -> Tensor:
+def finish(y: Tensor, w: Any, weight: str, consts: Mapping[str, Tensor], cfg: GPTConfig) -> Tensor:
     """Discharge the sum of a product, then add its bias (once, not once per rank) and drop."""
     y = shard(y, "batch seq_res embed")
     if cfg.bias:
@@ -233,13 +270,15 @@ def _finish(y: Tensor, w: Any, weight: str, consts: Mapping[str, Tensor], cfg: G
     return y
 
 
-def _norm(x: Tensor, w: Any, name: str, cfg: GPTConfig) -> Tensor:
+def norm(x: Tensor, w: Any, name: str, cfg: GPTConfig) -> Tensor:
+    """Normalise by the weights of a name."""
     if cfg.norm == "rms":
         return F.rms_norm(x, w[name], eps=cfg.norm_eps)
     return F.layer_norm(x, w[name], w.get(f"b_{name}"), eps=cfg.norm_eps)
 
 
-def _norm_params(name: str, cfg: GPTConfig) -> dict[str, Param]:
+def norm_params(name: str, cfg: GPTConfig) -> dict[str, Param]:
+    """Declare the weights of a norm."""
     params = {name: Param("embed", init=ones)}
     if cfg.norm == "layer" and cfg.bias:
         params[f"b_{name}"] = Param("embed", init=zeros)

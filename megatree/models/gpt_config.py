@@ -37,6 +37,7 @@ class GPTConfig:
         rope_base: see `rope_table`.
         rope_scaling: (factor, low, high, length) of `rope_table` (as Llama 3.1), or None.
         vocab_pad: the table is allocated at the next multiple of this many rows.
+        fused_loss: whether head and loss are one op, for which logits never exist as a whole.
         init_std: standard deviation of the first weights; of those that write to the residual
             stream, it is divided by sqrt(2 num_layers).
 
@@ -66,6 +67,7 @@ class GPTConfig:
     rope_base: float = 10000.0
     rope_scaling: tuple[float, float, float, float] | None = None
     vocab_pad: int = 1
+    fused_loss: bool = False
     init_std: float = 0.02
 
     def __post_init__(self) -> None:

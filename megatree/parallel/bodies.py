@@ -303,6 +303,12 @@ def _output_type(
     for state, axes in ((P, out.partial), (R, out.replicated)):
         kinds.update({a: state for name in axes for a in tracer.layout.axes(name)})
     used = {a for axes in spec for a in axes}
+    if both := [a for a in kinds if a in used]:
+        raise ShardingError(
+            f"{place}: output {number} ({out.axes!r}) is cut over mesh axis {both[0]!r}, and "
+            f"declared partial or replicated over it. Map {' '.join(out.partial + out.replicated)} "
+            "and the output's dims to different mesh axes in rules, or name one of the two."
+        )
     silent = [a for a in touched if a not in used and a not in kinds]
     if silent:
         raise ShardingError(

@@ -43,8 +43,9 @@ def infer(
 
     Per mesh axis: if it cuts a label, operands with that label must agree, operands without it go
     I -> R, and a pending sum over it is refused; the outputs are cut, a pending sum (the label is
-    summed) or the same on all ranks (the op owns the label). If it cuts nothing: all I gives I, any
-    R gives R, and a pending sum passes through linear positions only.
+    summed) or the same on all ranks (the op owns the label; operands without it then stay I, or go
+    I -> R where the label is also summed: the op's backward leaves them pending sums). If it cuts
+    nothing: all I gives I, any R gives R, and a pending sum passes through linear positions only.
 
     Args:
         sig: the op's signature, with as many operands as given.
@@ -72,7 +73,7 @@ def infer(
                         "Insert shard(x, ...) where the sum is made",
                         pending=(i, axis),
                     )
-                if label in sig.own:
+                if label in sig.own and label not in sig.sums:
                     if state == R:
                         raise Refusal(
                             f"operand {i} ({operands[i]}) is used differently by the ranks of "

@@ -47,6 +47,10 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "swiglu": (lambda x: F.swiglu(x, rand(7, seed=1)), rand(7)),
     "embedding": (lambda table: F.embedding(IDS, table), rand(4, 3)),
     "cross_entropy": (lambda x: F.cross_entropy(x, LABELS, num_classes=4), rand(4, 6)),
+    "linear_cross_entropy": (
+        lambda x: F.linear_cross_entropy(x, rand(6, 3), LABELS, rand(4, seed=2), num_classes=4),
+        rand(4, 3),
+    ),
     "dropout": (lambda x: F.dropout(x, torch.tensor(3), rate=0.5), rand(4, 5)),
     "softmax": (F.softmax, rand(3, 4)),
     "cumsum": (F.cumsum, rand(3, 4)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatree.functional.chain import Chain
 from megatree.functional.documents import positions_of
 from megatree.functional.param import init
-from megatree.models.gpt import GPTConfig, _finish, gpt
+from megatree.models.gpt import GPTConfig, finish, gpt
 from tests.tolerances import RELATIVE, distance
 
 SIZES: dict[str, Any] = {
@@ -107,7 +107,7 @@ def test_layers_and_places_drop_differently() -> None:
     cfg = GPTConfig(**SIZES, dropout=0.5)
     y = torch.ones(2, 6, 8)
     masks = [
-        _finish(y, {}, weight, {"key": torch.tensor(1), "layer": torch.tensor(layer)}, cfg)
+        finish(y, {}, weight, {"key": torch.tensor(1), "layer": torch.tensor(layer)}, cfg)
         for layer in range(2)
         for weight in ("wo", "w_down")
     ]

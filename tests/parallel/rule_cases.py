@@ -299,12 +299,36 @@ VOCABULARY: dict[str, list[Case]] = {
         called(lambda f, x, y: f(x, y, num_classes=5), real(2, 4, 8), whole(5, 2, 4)),
         plain(real(4, 8), torch.tensor([1, -100, 7, -100])),
     ],
+    "linear_cross_entropy": [
+        called(
+            lambda f, x, w, y, n: f(x, w, y, n, num_classes=5, chunk=3),
+            X,
+            real(8, 6),
+            torch.tensor([1, -100, 4, 0]),
+            real(4),
+        ),
+    ],
     "layer_norm": [plain(X), plain(X, ROW), plain(X, ROW, real(6))],
     "rms_norm": [plain(X), plain(X, ROW)],
     "cumsum": [plain(X), called(lambda f, x: f(x, dim=0), X)],
     **_same("softmax log_softmax", plain(X), called(lambda f, x: f(x, dim=0), X)),
     **_same("sum mean", plain(X), called(lambda f, x: f(x, dim=0, keepdim=True), X)),
     "top_k": [called(lambda f, x: f(x, 2), X)],
+    "route": [
+        called(lambda f, x: f(x, k=2), X),
+        called(lambda f, x: f(x, k=2, pre_softmax=True, normalise=True, scale=1.5), X),
+        called(
+            lambda f, x, b: f(x, b, k=2, score="sigmoid", groups=3, group_top_k=2),
+            real(2, 4, 6),
+            ROW,
+        ),
+        called(lambda f, x: f(x, k=1, score="sqrtsoftplus"), X),
+    ],
+    "router_probabilities": [plain(X), called(lambda f, x: f(x, score="sigmoid"), X)],
+    "expert_counts": [called(lambda f, n: f(n, num_experts=6), whole(7, 2, 4, 6))],
+    "drop_over_capacity": [
+        called(lambda f, x, n: f(x, n, num_experts=5, capacity=2), real(2, 4, 3), whole(5, 2, 4, 3))
+    ],
     "rope": [
         plain(real(2, 4, 2, 6), TABLE),
         plain(real(2, 4, 2, 2, 6), torch.stack([TABLE, TABLE])),
@@ -321,8 +345,9 @@ VOCABULARY: dict[str, list[Case]] = {
 }
 """Name in `megatree.functional` -> its calls."""
 
-NO_OPS = {"Out", "local_map", "op"}
-"""What `megatree.functional` exports that is no op: tested in test_local_map and test_op_rules."""
+NO_OPS = {"Out", "experts", "local_map", "op"}
+"""What `megatree.functional` exports that is no op: tested in test_local_map, test_op_rules
+and test_moe."""
 
 
 def name_of(function: Any) -> str:

@@ -59,6 +59,19 @@ def _cross_entropy(logits: Array, labels: Array, *, num_classes: int | None = No
     return jnp.where(labels == IGNORE, 0, jax.nn.logsumexp(logits, axis=-1) - own)
 
 
+def _linear_cross_entropy(
+    x: Array,
+    table: Array,
+    labels: Array,
+    weights: Array,
+    *,
+    num_classes: int | None = None,
+    chunk: int | None = None,
+) -> Array:
+    logits = jnp.einsum("...d,vd->...v", x, table, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(_cross_entropy(logits, labels, num_classes=num_classes) * weights)
+
+
 def _dropout(x: Array, key: int | Array, *, rate: float) -> Array:
     if rate == 0.0:
         return x
@@ -147,6 +160,7 @@ _FORMS: dict[Callable[..., Any], Form] = {
     F.layer_norm: _layer_norm,
     F.embedding: _embedding,
     F.cross_entropy: _cross_entropy,
+    F.linear_cross_entropy: _linear_cross_entropy,
     F.dropout: _dropout,
     F.rope: _rope,
     F.attention: _attention,
