@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from megatree.functional.param import Array, Param, init, normal, ones, zeros
     from megatree.models.gpt import gpt
     from megatree.models.gpt_config import GPTConfig
+    from megatree.models.moe import moe
+    from megatree.models.moe_config import MoEConfig
     from megatree.parallel.comm import OneDevice
     from megatree.parallel.context import AllGather, Hierarchical, Ring, Ulysses
     from megatree.parallel.errors import ShardingError
@@ -66,6 +68,8 @@ _HOMES = {
     ),
     "GPTConfig": "megatree.models.gpt_config",
     "gpt": "megatree.models.gpt",
+    "MoEConfig": "megatree.models.moe_config",
+    "moe": "megatree.models.moe",
     "OneDevice": "megatree.parallel.comm",
     **dict.fromkeys(["AllGather", "Hierarchical", "Ring", "Ulysses"], "megatree.parallel.context"),
     "Zigzag": "megatree.parallel.order",
@@ -114,6 +118,7 @@ __all__ = [
     "Layout",
     "LeafRule",
     "Mesh",
+    "MoEConfig",
     "OneDevice",
     "Out",
     "Param",
@@ -151,6 +156,7 @@ __all__ = [
     "lower",
     "lower_model",
     "lr_schedule",
+    "moe",
     "muon",
     "normal",
     "one_f_one_b",

@@ -1,0 +1,519 @@
+"""Decoders with experts on a mesh against one device: every loss term and all gradients, the
+router's included; and the ways in which expert gradients are known to go wrong.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import optree
+import pytest
+import torch
+from torch import Tensor
+
+import megatree.functional as F
+from megatree.functional.chain import Chain
+from megatree.functional.param import padded_shape
+from megatree.functional.router import balance_loss
+from megatree.functional.tree import flatten_with_names, map_with_names
+from megatree.models.moe import moe
+from megatree.models.moe_config import MoEConfig
+from megatree.parallel.assemble import assemble
+from megatree.parallel.context import Ring
+from megatree.parallel.errors import ShardingError
+from megatree.parallel.layout import Layout, Rules
+from megatree.parallel.mesh import Mesh
+from megatree.parallel.model import lower_model
+from megatree.parallel.order import Zigzag
+from megatree.parallel.remat import Remat
+from megatree.parallel.schedule import interleaved, one_f_one_b, zero_bubble_h1
+from megatree.parallel.simulate import simulate
+from megatree.parallel.storage import Storage
+from megatree.parallel.threads import ThreadComm, Threads
+from megatree.parallel.types import make_type
+from megatree.runtime.gradients import value_and_grad
+from megatree.runtime.optimizers import adamw
+from megatree.runtime.step import train_step
+from tests.runtime.one_device import Reference, rank_inputs
+from tests.tolerances import RELATIVE, assert_leaves_close
+
+BATCH, SEQ, EXPERTS = 8, 8, 8
+_SIZES: dict[str, Any] = {
+    "vocab_size": 50, "vocab_pad": 8, "seq_length": SEQ, "embed": 16, "kv_heads": 2, "group": 1,
+    "head_dim": 4, "ffn": 16, "experts": EXPERTS, "expert_ffn": 4, "num_layers": 2,
+}  # fmt: skip
+_LOSSES: dict[str, Any] = {"balance": 0.3, "z_loss": 0.2}
+CAPPED = MoEConfig(**_SIZES, **_LOSSES, top_k=2, pre_softmax=True, capacity_factor=0.75)
+MODELS: dict[str, MoEConfig] = {
+    # as Mixtral: all layers are mixtures
+    "dropless": MoEConfig(**_SIZES, **_LOSSES, top_k=2),
+    # as DeepSeek: a dense layer first, a shared expert, groups, balance of every sequence
+    "shared": MoEConfig(
+        **_SIZES, **_LOSSES, top_k=4, score="sigmoid", groups=4, group_top_k=2, route_scale=2.5,
+        shared_ffn=8, dense_first=1, balance_over="sequence",
+    ),
+    "capped": CAPPED,
+    "padded": replace(CAPPED, pad_to_capacity=True),
+}  # fmt: skip
+_TP: dict[str, Any] = {"kv_heads": "tp", "ffn": "tp", "shared_ffn": "tp", "vocab": "tp"}
+_FOLDED = Mesh(dp=4, tp=2).refine(ep=4)
+LAYOUTS: dict[str, Layout] = {
+    "one rank": Layout(),
+    "dp2": Layout(Mesh(dp=2), Rules(batch="dp")),
+    "ep2": Layout(Mesh(ep=2), Rules(batch="ep", experts="ep")),
+    "ep8": Layout(Mesh(ep=8), Rules(batch="ep", experts="ep")),
+    "dp2 ep2": Layout(Mesh(dp=2, ep=2), Rules(batch=("dp", "ep"), experts="ep")),
+    "dp2 ep4": Layout(Mesh(dp=2, ep=4), Rules(batch=("dp", "ep"), experts="ep")),
+    # experts within dp: no axis of their own
+    "ep is dp": Layout(Mesh(dp=4), Rules(batch="dp", experts="dp")),
+    "ep2 tp2": Layout(Mesh(ep=2, tp=2), Rules(batch="ep", experts="ep", **_TP)),
+    # experts are cut within, by the axis that cuts heads
+    "ep2 etp2": Layout(
+        Mesh(ep=2, tp=2), Rules(batch="ep", experts="ep", expert_ffn="tp", seq_res="tp", **_TP)
+    ),
+    "dp2 ep2 etp2": Layout(
+        Mesh(dp=2, ep=2, tp=2),
+        Rules(batch=("dp", "ep"), experts="ep", expert_ffn="tp", seq_res="tp", **_TP),
+    ),
+    # experts over all of tp and the inner half of dp
+    "folded": Layout(
+        _FOLDED, Rules(batch="dp", experts="ep", seq_res="tp", seq_moe="tp", **_TP)
+    ),
+    "ep against mesh order": Layout(
+        Mesh(dp=2, tp=2), Rules(batch="dp", experts=("tp", "dp"), seq_moe="tp", **_TP)
+    ),
+    "over cp": Layout(
+        Mesh(dp=2, cp=2),
+        Rules(batch="dp", seq="cp", seq_res="cp", seq_moe="cp", experts=("dp", "cp")),
+    ),
+    "zigzag ring": Layout(
+        Mesh(cp=2, tp=2),
+        Rules(
+            seq="cp", seq_res=("cp", "tp"), seq_moe=("cp", "tp"), experts=("cp", "tp"), **_TP,
+            lower={"attention": Ring()},
+        ),
+        order=Zigzag(),
+    ),
+}  # fmt: skip
+
+
+def layout_of(layout: Layout, cfg: MoEConfig) -> Layout:
+    """Return a layout without the rules for axes that the model does not have."""
+    lacks = {"ffn"} - ({"ffn"} if "dense" in cfg.pattern else set())
+    lacks |= {"shared_ffn"} if cfg.shared_ffn is None else set()
+    rules = {k: v for k, v in layout.rules.table if k not in lacks}
+    return replace(layout, rules=Rules(**rules, lower=dict(layout.rules.lower)))
+
+
+DEFAULT = {
+    "dropless": ("one rank", "ep2", "folded", "ep2 etp2", "zigzag ring"),
+    "shared": ("dp2 ep4", "ep against mesh order", "over cp"),
+    "capped": ("dp2 ep2", "over cp"),
+    "padded": ("ep2 tp2", "folded", "over cp", "ep2 etp2"),
+}
+ROWS = [
+    pytest.param(m, name, marks=() if name in DEFAULT[m] else pytest.mark.full)
+    for m in MODELS
+    for name in LAYOUTS
+]
+
+
+def objective(model: Chain, params: Any, batches: Any) -> dict[str, Tensor]:
+    """Return every term, averaged as the step does, on plain tensors: term -> value."""
+    sums: dict[str, list[Any]] = {}
+    for batch in batches:
+        _, outs = model.apply(params, batch)
+        found = {**outs["loss"]["terms"], **outs["blocks"]["moe"]["terms"]}
+        for name, (total, weight) in found.items():
+            sums.setdefault(name, []).append((total, weight))
+    return {
+        name: torch.sum(
+            torch.stack([s for s, _ in pairs]).sum(0) / torch.stack([w for _, w in pairs]).sum(0)
+        )
+        for name, pairs in sums.items()
+    }
+
+
+@cache
+def reference(cfg: MoEConfig) -> tuple[Reference, Mapping[str, Tensor]]:
+    """Draw weights and two microbatches; return them with the gradients, and the terms' values."""
+    model = moe(cfg, batch_size=BATCH, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+
+    def weights(name: str, leaf: Any) -> Tensor:
+        shape = padded_shape(leaf, model.sizes, name)
+        centre = 1.0 if "norm" in name.split(".")[-1] else 0.0
+        return centre + 0.3 * torch.randn(shape, dtype=torch.float64, generator=draw)
+
+    params = map_with_names(weights, model.params)
+    batches = []
+    for number in range(2):
+        tokens, labels = torch.randint(50, (2, BATCH, SEQ), generator=draw)
+        kept = (torch.rand((BATCH, SEQ), generator=draw) < 1 / (2 + number)).float()
+        batches.append({"tokens": tokens, "labels": labels, "weights": kept})
+    leaves = optree.tree_map(lambda w: w.clone().requires_grad_(), params)
+    terms = objective(model, leaves, batches)
+    total = torch.stack(list(terms.values())).sum()
+    total.backward()
+    names, flat, _ = flatten_with_names(leaves)
+    grads = {name: leaf.grad for name, leaf in zip(names, flat, strict=True)}
+    values = {name: value.detach() for name, value in terms.items()}
+    return Reference(model, params, tuple(batches), total.detach(), grads), values
+
+
+def assert_exact(cfg: MoEConfig, layout: Layout) -> None:
+    """Compare all terms and gradients of simulated ranks with one device's."""
+    ref, terms = reference(cfg)
+    program = lower_model(ref.model, layout)
+
+    def rank_main(comm: ThreadComm) -> tuple[dict[str, Tensor], list[Tensor]]:
+        params, batches = rank_inputs(ref, program, comm)
+        values, grads = value_and_grad(ref.model, layout, comm=comm)(params, batches)
+        return values, optree.tree_leaves(grads)
+
+    results = Threads(layout.sizes).run(rank_main)
+    got = {name: torch.stack([values[name] for values, _ in results]) for name in terms}
+    expected = {name: value.expand(len(results)) for name, value in terms.items()}
+    names, declared, _ = flatten_with_names(ref.model.params)
+    for at, (name, leaf) in enumerate(zip(names, declared, strict=True)):
+        shape = tuple(ref.grads[name].shape)
+        ty = make_type(shape, torch.float64, layout.spec(leaf.names, shape, name), layout.sizes)
+        pieces = [grads[at] for _, grads in results]
+        got[name] = assemble(pieces, ty, layout.sizes, name, rtol=RELATIVE[torch.float64])
+        expected[name] = ref.grads[name]
+    assert_leaves_close(got, expected)
+
+
+@pytest.mark.parametrize(("model", "layout"), ROWS)
+def test_terms_and_gradients_are_those_of_one_device(model: str, layout: str) -> None:
+    assert_exact(MODELS[model], layout_of(LAYOUTS[layout], MODELS[model]))
+
+
+ZERO = {
+    "zero-1": Storage(opt=("dp",)),
+    "zero-3": Storage(params=("dp",), grads=("dp",), opt=("dp",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "storage", "name"),
+    [
+        ("dropless", "zero-1", "dp2 ep2"),
+        ("dropless", "zero-3", "dp2 ep2"),
+        *(
+            pytest.param(model, storage, name, marks=pytest.mark.full)
+            for model in ("dropless", "padded")
+            for storage in ZERO
+            for name in ("folded", "dp2 ep4")
+        ),
+    ],
+)
+def test_storage_cuts_experts_and_the_rest(model: str, storage: str, name: str) -> None:
+    """Experts have copies on a part of the mesh only, over which alone they can be cut."""
+    cfg = MODELS[model]
+    assert_exact(cfg, replace(layout_of(LAYOUTS[name], cfg), storage=ZERO[storage]))
+
+
+@pytest.mark.parametrize("model", ["dropless", pytest.param("padded", marks=pytest.mark.full)])
+def test_layers_that_run_again_send_the_same_rows(model: str) -> None:
+    assert_exact(MODELS[model], replace(LAYOUTS["ep2"], remat=Remat(policy="full")))
+
+
+# -- pipelines ----------------------------------------------------------------------------------
+
+PIPELINES: dict[str, Layout] = {
+    "pp2 ep2": Layout(
+        Mesh(pp=2, ep=2), Rules(batch="ep", experts="ep"), schedule=one_f_one_b
+    ),
+    "pp2 folded": Layout(
+        Mesh(pp=2, dp=2, tp=2).refine(ep=4),
+        Rules(batch="dp", experts="ep", seq_res="tp", seq_moe="tp", **_TP),
+        schedule=zero_bubble_h1,
+        storage=ZERO["zero-1"],
+    ),
+    "interleaved": Layout(
+        Mesh(pp=2, ep=2),
+        Rules(batch="ep", experts="ep"),
+        schedule=lambda ranks, microbatches: interleaved(ranks, microbatches, num_virtual=2),
+    ),
+}  # fmt: skip
+
+
+def steps(cfg: MoEConfig, layout: Layout, comm: ThreadComm | None = None) -> list[Tensor]:
+    """Train two steps; return their terms, norms and the metrics of the first."""
+    ref, _ = reference(cfg)
+    step = train_step(ref.model, layout, adamw(1e-2), comm=comm, max_norm=0.5)
+    state = step.init(0)
+    seen: list[Tensor] = []
+    local = [step.local(batch) for batch in ref.batches]
+    for _ in range(2):
+        state, metrics = step(state, local)
+        seen += [*metrics.terms.values(), metrics.grad_norm.double()]
+    outs = metrics.outs
+    return [*seen, *(outs[name] for name in sorted(outs))]
+
+
+@cache
+def alone(cfg: MoEConfig) -> list[Tensor]:
+    return steps(cfg, Layout())
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("dropless", "pp2 ep2"),
+        pytest.param("shared", "pp2 folded", marks=pytest.mark.full),
+        pytest.param("padded", "pp2 folded", marks=pytest.mark.full),
+        pytest.param("four layers", "interleaved", marks=pytest.mark.full),
+    ],
+)
+def test_pipelines_train_as_one_device(model: str, name: str) -> None:
+    """Terms, norms and metrics of two steps: a gradient off by a factor shows in the second."""
+    four = replace(MODELS["dropless"], num_layers=4, every=2)
+    cfg = MODELS.get(model, four)
+    layout = layout_of(PIPELINES[name], cfg)
+    for seen in Threads(layout.mesh.sizes).run(lambda comm: steps(cfg, layout, comm)):
+        for got, want in zip(seen, alone(cfg), strict=True):
+            torch.testing.assert_close(got.double(), want.double(), rtol=1e-11, atol=1e-11)
+
+
+# -- known ways to scale a gradient wrongly -----------------------------------------------------
+
+
+def grads_of(cfg: MoEConfig, layout: Layout, batches: Any = None) -> tuple[dict, dict]:
+    """Return terms and whole gradients of one rank whose mesh cuts no leaf but experts."""
+    ref, _ = reference(cfg)
+    ref = replace(ref, batches=tuple(batches or ref.batches))
+    program = lower_model(ref.model, layout)
+
+    def rank_main(comm: ThreadComm) -> tuple[dict, list[Tensor]]:
+        params, local = rank_inputs(ref, program, comm)
+        values, grads = value_and_grad(ref.model, layout, comm=comm)(params, local)
+        return values, optree.tree_leaves(grads)
+
+    values, leaves = Threads(layout.sizes).run(rank_main)[0]
+    return values, dict(zip(flatten_with_names(ref.model.params)[0], leaves, strict=True))
+
+
+def test_trap_experts_are_summed_over_their_copies_and_never_averaged() -> None:
+    """Experts have 2 copies and the rest 4: a mean over either would be off by a factor."""
+    program = lower_model(reference(MODELS["dropless"])[0].model, LAYOUTS["dp2 ep2"])
+    sync = program.sync
+    assert {sync[f"blocks.moe.{w}"] for w in ("w_gate", "w_up", "w_down")} == {("dp",)}
+    assert sync["blocks.moe.router"] == sync["blocks.moe.wq"] == ("dp", "ep")
+    _, got = grads_of(MODELS["dropless"], LAYOUTS["dp2 ep2"])
+    expected = reference(MODELS["dropless"])[0].grads["blocks.moe.w_down"][:, : EXPERTS // 2]
+    ratio = (got["blocks.moe.w_down"] * expected).sum() / expected.square().sum()
+    assert ratio.item() == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ep2 etp2", *(pytest.param(n, marks=pytest.mark.full) for n in ("dp2 ep2 etp2", "folded"))],
+)
+def test_trap_the_norm_counts_every_expert_once(name: str) -> None:
+    """Experts cut over ep and tp, with copies or without: no part missing, none counted twice."""
+    cfg = MODELS["dropless"]
+    ref, _ = reference(cfg)
+
+    def rank_main(comm: ThreadComm | None, layout: Layout) -> float:
+        step = train_step(ref.model, layout, adamw(0.0), comm=comm)
+        state = step.init(0)
+        _, metrics = step(state, [step.local(batch) for batch in ref.batches])
+        return metrics.grad_norm.item()
+
+    expected = rank_main(None, Layout())
+    layout = layout_of(LAYOUTS[name], cfg)
+    for norm in Threads(layout.sizes).run(lambda comm: rank_main(comm, layout)):
+        assert norm == pytest.approx(expected, rel=1e-12)
+
+
+def test_trap_the_auxiliary_loss_does_not_grow_with_microbatches_or_ranks() -> None:
+    """The same microbatch once or three times, on one rank or four: the same term and gradient."""
+    cfg = MODELS["dropless"]
+    ref, _ = reference(cfg)
+    first = ref.batches[:1]
+    values, grads = grads_of(cfg, Layout(), first)
+    for layout, times in ((Layout(), 3), (LAYOUTS["ep2"], 1), (LAYOUTS["dp2 ep2"], 2)):
+        others, found = grads_of(cfg, layout, first * times)
+        for name in ("balance", "router_z", "loss"):
+            assert others[name].item() == pytest.approx(values[name].item(), rel=1e-12)
+        router = "blocks.moe.router"
+        assert (found[router] - grads[router]).norm() < 1e-12 * grads[router].norm()
+
+
+def test_trap_balance_refuses_counts_that_are_not_summed() -> None:
+    """Counts of one rank times probabilities of all: the types say so before anything runs."""
+
+    def careless(logits: Tensor) -> Tensor:
+        counts = F.expert_counts(F.top_k(logits, 2)[1], num_experts=4).sum(0)
+        return balance_loss(F.router_probabilities(logits), counts, k=2)
+
+    with pytest.raises(ShardingError, match=r"pending sum over mesh axis 'ep'"):
+        simulate(
+            careless,
+            Layout(Mesh(ep=2), Rules(batch="ep")),
+            torch.zeros(2, 3, 4, dtype=torch.float64),
+            axes=("batch seq choices",),
+        )
+
+
+def test_trap_balance_takes_the_product_of_whole_sums() -> None:
+    """The mean over ranks of every rank's own loss is another number, and is not what we report."""
+    cfg = MODELS["dropless"]
+    ref, _ = reference(cfg)
+    whole, _ = grads_of(cfg, Layout(), ref.batches[:1])
+    halves = []
+    model = moe(cfg, batch_size=BATCH // 2, dtype=torch.float64)
+    for half in (slice(0, 4), slice(4, 8)):
+        batch = {k: v[half] for k, v in ref.batches[0].items()}
+        halves.append(objective(model, ref.params, [batch])["balance"].item())
+    assert abs(sum(halves) / 2 / whole["balance"].item() - 1) > 1e-3
+    cut, _ = grads_of(cfg, LAYOUTS["ep2"], ref.batches[:1])
+    assert cut["balance"].item() == pytest.approx(whole["balance"].item(), rel=1e-12)
+
+
+def test_trap_counts_are_the_same_after_every_reading() -> None:
+    """Counts that were reduced in place grew with every read, and with every forward run again."""
+    ref, _ = reference(MODELS["dropless"])
+    layout = replace(LAYOUTS["ep2"], remat=Remat(policy="full"))
+
+    def loads(comm: ThreadComm) -> list[Tensor]:
+        step = train_step(ref.model, layout, adamw(0.0), comm=comm)
+        state, out = step.init(0), []
+        for _ in range(3):
+            state, metrics = step(state, [step.local(batch) for batch in ref.batches])
+            out.append(next(v for k, v in sorted(metrics.outs.items()) if k.endswith("load")))
+        return out
+
+    for first, *others in Threads(layout.sizes).run(loads):
+        assert first.shape[-1] == EXPERTS
+        assert (first.sum(-1) == BATCH * SEQ * 2).all()
+        assert all(torch.equal(first, other) for other in others)
+
+
+# -- loads ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["dropless", pytest.param("padded", marks=pytest.mark.full)])
+def test_an_expert_without_tokens_and_one_with_all(model: str) -> None:
+    """A router that sends every token to the same two experts, on the mesh and on one device."""
+    cfg = MODELS[model]
+    ref, _ = reference(cfg)
+    params: Any = optree.tree_map(torch.clone, ref.params)
+    params["blocks"]["moe"]["router"].zero_()  # ties: all choose the same experts
+    model_ = ref.model
+    leaves = optree.tree_map(lambda w: w.clone().requires_grad_(), params)
+    terms = objective(model_, leaves, ref.batches)
+    # Of even probabilities both losses are known: 1, and log(experts)^2, of two layers.
+    assert terms["balance"].item() == pytest.approx(0.3 * 2, rel=1e-6)
+    assert terms["router_z"].item() == pytest.approx(0.2 * 2 * math.log(EXPERTS) ** 2, rel=1e-6)
+    torch.stack(list(terms.values())).sum().backward()
+    names, flat, _ = flatten_with_names(leaves)
+    expected = {name: leaf.grad for name, leaf in zip(names, flat, strict=True)}
+    idle = expected["blocks.moe.w_up"].flatten(2).norm(dim=2)
+    assert (idle == 0).sum() == 2 * (EXPERTS - 2)
+    at = replace(ref, params=params, grads=expected)
+    layout = LAYOUTS["ep8"]
+    program = lower_model(model_, layout)
+
+    def rank_main(comm: ThreadComm) -> list[Tensor]:
+        local, batches = rank_inputs(at, program, comm)
+        return optree.tree_leaves(value_and_grad(model_, layout, comm=comm)(local, batches)[1])
+
+    results = Threads(layout.sizes).run(rank_main)
+    place = names.index("blocks.moe.w_up")
+    got = torch.cat([grads[place] for grads in results], 1)
+    assert_leaves_close({"w_up": got}, {"w_up": expected["blocks.moe.w_up"]})
+
+
+def test_metrics_say_load_drops_and_entropy() -> None:
+    ref, _ = reference(CAPPED)
+    _, outs = ref.model.apply(ref.params, ref.batches[0])
+    metrics = outs["blocks"]["moe"]
+    load, drops = metrics["load"], metrics["drops"]
+    assert load.shape == (2, EXPERTS)
+    assert torch.equal(load.sum(1) + drops, torch.full((2,), BATCH * SEQ * 2.0))
+    room = math.ceil(SEQ * 2 / EXPERTS * 0.75)
+    assert (load <= BATCH * room).all()
+    assert (drops > 0).all()
+    share = load / load.sum(1, keepdim=True)
+    torch.testing.assert_close(metrics["entropy"], torch.distributions.Categorical(share).entropy())
+
+
+def test_padding_changes_no_value() -> None:
+    got, terms = reference(MODELS["padded"])
+    want, others = reference(MODELS["capped"])
+    assert_leaves_close({**terms, **got.grads}, {**others, **want.grads})
+
+
+def test_a_dropless_layer_costs_one_look_of_the_host_and_a_padded_one_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[str] = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__index__", "nonzero"):
+        plain = getattr(Tensor, name)
+
+        def counted(self: Tensor, *args: Any, _name: str = name, _plain: Any = plain) -> Any:
+            looks.append(_name)
+            return _plain(self, *args)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    for model, per_layer in (("dropless", 1), ("padded", 0)):
+        ref, _ = reference(MODELS[model])
+        looks.clear()
+        ref.model.apply(ref.params, ref.batches[0])
+        assert looks == ["tolist"] * (per_layer * 2)
+
+
+def test_a_plan_counts_the_traffic_of_experts() -> None:
+    """Dropless rows are planned as even loads: as many bytes as choices, there and back."""
+    for model, rows in (("dropless", BATCH // 2 * SEQ * 2), ("padded", BATCH // 2 * EXPERTS * 2)):
+        program = lower_model(reference(MODELS[model])[0].model, LAYOUTS["ep2"])
+        calls = program.units["blocks.moe"].program.collectives
+        sent = [c.bytes for c in calls if c.kind.startswith("all_to_all") and c.phase == "forward"]
+        row, gate = _SIZES["embed"] * 8, 8
+        assert sent[-3:] == [rows * row, rows * gate, rows * row]
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "mesh", "text"),
+    [
+        ({"batch": "dp", "experts": "ep"}, Mesh(ep=3), r"experts.*8.*3|8 .*ep.*3"),
+        (
+            {"experts": "ep"},
+            Mesh(ep=2),
+            r"does not say what it is over mesh axis 'ep', on which an input .* varies",
+        ),
+        (
+            {"batch": "dp", "experts": "dp", "expert_ffn": "tp", "seq_moe": "tp"},
+            Mesh(dp=2, tp=2),
+            r"output 0 \('batch seq_moe embed'\) is cut over mesh axis 'tp', and declared partial",
+        ),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(rules: Any, mesh: Mesh, text: str) -> None:
+    model = reference(MODELS["dropless"])[0].model
+    with pytest.raises(ShardingError, match=text):
+        lower_model(model, Layout(mesh, Rules(**rules)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"top_k": 9}, r"top_k is 9, and there are 8 experts\. Give at most 8\."),
+        ({"pad_to_capacity": True}, r"pad_to_capacity without capacity_factor: .*Give a capacity"),
+        ({"capacity_factor": 0.0}, r"capacity_factor is 0\.0\. Give a positive number\."),
+        ({"score": "tanh"}, r"score is 'tanh'\. Use one of softmax, sigmoid, sqrtsoftplus\."),
+        ({"dense_first": 2}, r"dense_first is 2 of 2 layers\. Leave at least one"),
+        ({"bias": True}, r"bias=True, and experts have none\."),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        replace(MODELS["dropless"], **fields)
