@@ -62,25 +62,39 @@ def slices(box: Box, within: Box) -> tuple[slice, ...]:
     )
 
 
-def subtract(box: Box, hole: Box) -> list[Box]:
-    """Return disjoint boxes that hold `box` without `hole`."""
-    common = intersect(box, hole)
-    if common is None:
-        return [box]
-    rest, middle = [], box
-    for dim, (start, stop) in enumerate(common):
-        low, high = middle[dim]
-        for side in ((low, start), (stop, high)):
-            if side[0] < side[1]:
-                rest.append((*middle[:dim], side, *middle[dim + 1 :]))
-        middle = (*middle[:dim], (start, stop), *middle[dim + 1 :])
-    return rest
-
-
 def first_overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    """Return two boxes that share an element (all have some), or None.
+
+    Boxes that a plane separates are looked at apart, so that a grid of n takes n log n.
+    """
+    pending = [list(boxes)]
+    while pending:
+        group = pending.pop()
+        if len(group) < 2:
+            continue
+        parts = max((_separated(group, dim) for dim in range(len(group[0]))), key=len, default=[])
+        if len(parts) > 1:
+            pending += parts
+        elif (found := _overlap_by_pairs(group)) is not None:
+            return found
+    return None
+
+
+def _separated(boxes: Sequence[Box], dim: int) -> list[list[Box]]:
+    """Return the boxes in groups with planes across `dim` between them."""
+    groups: list[list[Box]] = []
+    end = None
+    for box in sorted(boxes, key=lambda b: b[dim]):
+        start, stop = box[dim]
+        if end is None or start >= end:
+            groups.append([])
+        groups[-1].append(box)
+        end = stop if end is None else max(end, stop)
+    return groups
+
+
+def _overlap_by_pairs(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
     """Return two boxes that share an element, or None; a sweep along the dim most finely cut."""
-    if len(boxes) < 2:
-        return None
     if not boxes[0]:
         return boxes[0], boxes[1]
     dim = max(range(len(boxes[0])), key=lambda d: len({box[d] for box in boxes}))
@@ -88,18 +102,36 @@ def first_overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
     for box in sorted(boxes, key=lambda b: b[dim]):
         open_boxes = [other for other in open_boxes if other[dim][1] > box[dim][0]]
         for other in open_boxes:
-            if intersect(other, box) is not None:
+            if all(a < d and c < b for (a, b), (c, d) in zip(other, box, strict=True)):
                 return other, box
         open_boxes.append(box)
     return None
 
 
 def first_gap(box: Box, covers: Sequence[Box]) -> Box | None:
-    """Return a region of `box` in none of `covers`, or None."""
-    left = [box] if volume(box) else []
-    for cover in covers:
-        left = [part for region in left for part in subtract(region, cover)]
-    return min(left, default=None)
+    """Return a region of `box` in none of `covers`, or None.
+
+    The box is halved at their edges until each half is in one of them, or in none.
+    """
+    pending = [(box, [c for cover in covers if (c := intersect(cover, box)) is not None])]
+    while pending:
+        region, inside = pending.pop()
+        if not volume(region) or region in inside:
+            continue
+        if not inside:
+            return region
+        edges = [
+            sorted({at for cover in inside for at in cover[dim]} - {*region[dim]})
+            for dim in range(len(region))
+        ]
+        dim = max(range(len(edges)), key=lambda d: len(edges[d]))
+        middle = edges[dim][len(edges[dim]) // 2]
+        start, stop = region[dim]
+        for edge in ((middle, stop), (start, middle)):
+            half = (*region[:dim], edge, *region[dim + 1 :])
+            clipped = [c for cover in inside if (c := intersect(cover, half)) is not None]
+            pending.append((half, clipped))
+    return None
 
 
 def split(box: Box, parts: int) -> list[Box]:

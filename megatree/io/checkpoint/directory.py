@@ -93,6 +93,9 @@ def discard(checkpoint: Place) -> None:
         checkpoint.remove()
         return
     folder = Folder(checkpoint)
+    if folder.is_symlink():
+        folder.unlink()  # what it leads to is not ours
+        return
     doomed = _staging_of(folder)
     os.rename(folder, doomed)
     shutil.rmtree(doomed)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from megatree.io.checkpoint.box import Box, runs, volume
 from megatree.io.checkpoint.manifest import Manifest
-from megatree.io.checkpoint.memory import memory, new_memory, scatter_bytes
+from megatree.io.checkpoint.memory import Scratch, memory, scatter_bytes
 from megatree.io.checkpoint.piece import Piece
 from megatree.io.checkpoint.place import Place, Unreadable
 from megatree.io.checkpoint.place import Read as ReadAt
@@ -40,12 +40,13 @@ def fetch(
 ) -> Fetched:
     """Carry out the reads (sorted by file); damage is returned, not raised, to list all of it."""
     nbytes, problems = 0, []
+    scratch = Scratch()
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for name, group in groupby(reads, key=lambda read: read.chunk.file):
             from_file = list(group)
             try:
                 with directory.reader(name, manifest.files[name]) as source:
-                    jobs = _jobs(source, from_file, targets, manifest.block_bytes)
+                    jobs = _jobs(source, from_file, targets, manifest.block_bytes, scratch)
                     results = list(pool.map(lambda job: job(), jobs))
             except Unreadable as error:
                 problems += _hit(name, error, from_file)
@@ -65,7 +66,11 @@ def _hit(file: str, error: Unreadable, reads: Sequence[Read]) -> list[str]:
 
 
 def _jobs(
-    source: ReadAt, reads: Sequence[Read], targets: Sequence[Piece], block_bytes: int
+    source: ReadAt,
+    reads: Sequence[Read],
+    targets: Sequence[Piece],
+    block_bytes: int,
+    scratch: Scratch,
 ) -> list[Callable[[], Fetched]]:
     jobs: list[Callable[[], Fetched]] = []
     for read in reads:
@@ -73,7 +78,7 @@ def _jobs(
         for start, stop in read.blocks(block_bytes):
             checksum = read.chunk.checksums[start // block_bytes]
             job = partial(_fetch_block, source, read, start, stop, checksum)
-            jobs.append(partial(job, targets=targets, straight=straight))
+            jobs.append(partial(job, targets=targets, straight=straight, scratch=scratch))
     return jobs
 
 
@@ -106,12 +111,14 @@ def _fetch_block(
     *,
     targets: Sequence[Piece],
     straight: Straight | None,
+    scratch: Scratch,
 ) -> Fetched:
     """Read bytes `start` to `stop` of a chunk, verify them, and put them where they are wanted."""
     if straight is not None and straight.start <= start and stop <= straight.stop:
         buffer, view = None, straight.memory[start - straight.start : stop - straight.start]
     else:
-        buffer, view = new_memory(stop - start)
+        buffer = scratch.take(stop - start)
+        view = buffer.numpy().data
     where = f"{read.path}: {read.chunk.file} bytes {read.chunk.offset + start} to "
     where += f"{read.chunk.offset + stop}"
     try:
@@ -127,4 +134,5 @@ def _fetch_block(
         for want in read.wants:
             target = targets[want.target]
             scatter_bytes(buffer, read.chunk.box, first, last, target.tensor, target.box, want.box)
+        scratch.give_back(buffer)
     return Fetched(nbytes, [])

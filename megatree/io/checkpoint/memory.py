@@ -1,6 +1,7 @@
 """Elements of a tensor as bytes: a range of a box, copied only if it does not lie contiguous."""
 
 import sys
+from collections import deque
 from math import prod
 
 import torch
@@ -18,33 +19,45 @@ def memory(data: Tensor) -> memoryview | None:
     return data.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def new_memory(nbytes: int) -> tuple[Tensor, memoryview]:
-    """Return fresh bytes as a tensor and as memory."""
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
-    return buffer, buffer.numpy().data
+class Scratch:
+    """Memory for blocks, used again and again: the first use of a page takes as long as its copy.
 
+    As many blocks are made as are in use at once.
+    """
 
-def gather_bytes(data: Tensor, box: Box, start: int, stop: int) -> memoryview:
-    """Copy elements `start` to `stop` of `box`, which `data` holds in any strides on any device."""
-    buffer, view = new_memory((stop - start) * data.dtype.itemsize)
-    copy_bytes(data, box, start, stop, buffer)
-    return view
+    def __init__(self) -> None:
+        self._free: deque[Tensor] = deque()
+
+    def take(self, nbytes: int) -> Tensor:
+        """Return bytes that nobody else has."""
+        try:
+            buffer = self._free.pop()
+        except IndexError:
+            buffer = torch.empty(nbytes, dtype=torch.uint8)
+        if buffer.numel() < nbytes:
+            buffer = torch.empty(nbytes, dtype=torch.uint8)
+        return buffer[:nbytes]
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Return what `take` gave."""
+        self._free.append(torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage()))
 
 
 def copy_bytes(data: Tensor, box: Box, start: int, stop: int, buffer: Tensor) -> None:
     """Copy elements `start` to `stop` of `box` into bytes; from a device without waiting for it,
     if those are pinned.
     """
+    goes_on = data.device.type != "cpu" and buffer.is_pinned()
     if data.is_contiguous() and not data.is_conj() and not data.is_neg():
         size = data.dtype.itemsize
         raw = data.detach().reshape(-1).view(torch.uint8)
-        buffer.copy_(raw[start * size : stop * size], non_blocking=True)
+        buffer.copy_(raw[start * size : stop * size], non_blocking=goes_on)
         return
     at = 0
     for part in elements(box, start, stop):
         count = prod(extents(part)) * data.dtype.itemsize
         into = buffer[at : at + count].view(data.dtype).view(extents(part))
-        into.copy_(data.detach()[slices(part, box)], non_blocking=True)
+        into.copy_(data.detach()[slices(part, box)], non_blocking=goes_on)
         at += count
 
 

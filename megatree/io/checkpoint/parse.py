@@ -125,7 +125,7 @@ def _manifest(body: Any, place: str) -> Manifest:
     _need(len(set(paths)) == len(paths), place, "two leaves have the same path")
     _check_bytes(leaves, files, place)
     extra = _field(body, "extra", dict, place)
-    check_extra(extra, place)
+    check_extra(extra, f"{place}: extra")
     return Manifest(leaves=leaves, files=files, block_bytes=block_bytes, extra=extra)
 
 

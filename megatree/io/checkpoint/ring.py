@@ -48,7 +48,7 @@ class Ring:
         """
         with self._changed:
             assert nbytes <= self.nbytes, "a block is larger than the ring"
-            self._changed.wait_for(lambda: self._closed or self._fits(nbytes))
+            self._changed.wait_for(lambda: self._closed or self.fits(nbytes))
             if self._closed:
                 raise Closed
             if not self._ends:
@@ -77,7 +77,8 @@ class Ring:
         left = -self._head % self.nbytes
         return self._head + (left if nbytes > left else 0) if left else self._head
 
-    def _fits(self, nbytes: int) -> bool:
+    def fits(self, nbytes: int) -> bool:
+        """Whether so many bytes could be taken without waiting."""
         return not self._ends or self._start(nbytes) + nbytes - self._tail <= self.nbytes
 
 

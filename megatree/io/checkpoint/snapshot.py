@@ -1,13 +1,13 @@
 """A consistent copy of what a rank saves, taken through host memory of a bounded size."""
 
 import queue
+import threading
 import time
-import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,23 @@ from torch import Tensor
 from megatree.io.checkpoint.manifest import Chunk, blocks_of
 from megatree.io.checkpoint.memory import copy_bytes
 from megatree.io.checkpoint.ring import Closed, Ring
-from megatree.io.checkpoint.write import NUM_THREADS, Block, Summed
+from megatree.io.checkpoint.write import BLOCKS_AHEAD, NUM_THREADS, Block, Summed, summed
+
+
+class _Copied(NamedTuple):
+    """A block in host memory.
+
+    Args:
+        chunk: index of its chunk.
+        at: its first byte in the file.
+        buffer: the memory.
+        event: of the device, when the copy is there.
+    """
+
+    chunk: int
+    at: int
+    buffer: Tensor
+    event: Any
 
 
 class Snapshot:
@@ -23,7 +39,8 @@ class Snapshot:
 
     Law: when `take` has returned, what is done to the tensors does not show in the blocks. It
     waits for `blocks` where the memory is full, and not for the device: its later work waits for
-    the copies instead.
+    the copies instead. `blocks` begins when `take` is done or waits, so that they do not share a
+    processor before.
 
     Args:
         ring: the memory.
@@ -33,35 +50,55 @@ class Snapshot:
         self.ring = ring
         self.taken_s = 0.0
         """When the copy was there, by `time.perf_counter`."""
-        self._made: queue.SimpleQueue[Block | BaseException | None] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[_Copied | BaseException | None] = queue.SimpleQueue()
+        self._go = threading.Event()
 
     def take(self, chunks: Sequence[Chunk], data: Sequence[Tensor], block_bytes: int) -> None:
         """Copy the elements of chunks, in the order of the file."""
+        end: BaseException | None = None
         try:
-            with ThreadPoolExecutor(NUM_THREADS) as pool, _Beside(data) as beside:
+            with _Beside(data) as beside:
                 for index, (chunk, tensor) in enumerate(zip(chunks, data, strict=True)):
                     size = tensor.dtype.itemsize
                     for start, stop in blocks_of(chunk.nbytes, block_bytes):
+                        if not self.ring.fits(stop - start):
+                            self._go.set()
                         buffer = self.ring.take(stop - start)
                         with beside.stream(tensor):
                             copy_bytes(tensor, chunk.box, start // size, stop // size, buffer)
-                        ready = pool.submit(partial(_summed, buffer, beside.event(tensor)))
-                        self._made.put(Block(index, chunk.offset + start, ready))
-            self.taken_s = time.perf_counter()
-            self._made.put(None)
+                        at, event = chunk.offset + start, beside.event(tensor)
+                        self._made.put(_Copied(index, at, buffer, event))
         except Closed:
-            return  # the writer has failed, and says so itself
+            pass  # the writer has failed, and says so itself
         except BaseException as error:
-            self._made.put(error)
+            end = error
             raise
+        finally:
+            self.taken_s = time.perf_counter()
+            self._made.put(end)
+            self._go.set()
 
     def blocks(self, chunks: Sequence[Chunk]) -> Iterator[Block]:
         """Give the blocks out: the `Source` of `write_chunks`."""
-        while (block := self._made.get()) is not None:
-            if isinstance(block, BaseException):
-                raise ValueError(f"the copy for this checkpoint failed: {block}")
-            yield block
-            self.ring.give_back()
+        self._go.wait()
+        pending: deque[Block] = deque()
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            for copied in self._arriving():
+                ready = pool.submit(_summed, copied.buffer, copied.event)
+                pending.append(Block(copied.chunk, copied.at, ready))
+                # none is kept while the next is waited for: that may wait for its memory
+                while len(pending) > BLOCKS_AHEAD or (pending and self._made.empty()):
+                    yield pending.popleft()
+                    self.ring.give_back()
+            while pending:
+                yield pending.popleft()
+                self.ring.give_back()
+
+    def _arriving(self) -> Iterator[_Copied]:
+        while (copied := self._made.get()) is not None:
+            if isinstance(copied, BaseException):
+                raise ValueError(f"the copy for this checkpoint failed: {copied}")
+            yield copied
 
 
 class _Beside:
@@ -94,5 +131,4 @@ class _Beside:
 def _summed(buffer: Tensor, event: Any) -> Summed:
     if event is not None:
         event.synchronize()
-    view = buffer.numpy().data
-    return view, zlib.crc32(view)
+    return summed(buffer.numpy().data, buffer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatree.io.checkpoint.assign import Part
 from megatree.io.checkpoint.box import Box, intersect, slices
 from megatree.io.checkpoint.manifest import Chunk, blocks_of, place
-from megatree.io.checkpoint.memory import gather_bytes, memory
+from megatree.io.checkpoint.memory import Scratch, copy_bytes, memory
 from megatree.io.checkpoint.piece import Piece
 from megatree.io.checkpoint.place import Place
 
@@ -21,8 +21,19 @@ from megatree.io.checkpoint.place import Place
 NUM_THREADS = 4
 BLOCKS_AHEAD = 8  # prepared and not yet written: bounds the memory of what had to be copied
 
-Summed: TypeAlias = tuple[memoryview, int]
-"""The bytes of a block, and their checksum."""
+
+class Summed(NamedTuple):
+    """The bytes of a block.
+
+    Args:
+        view: of them.
+        crc32: their checksum.
+        buffer: what they were copied to, if they were.
+    """
+
+    view: memoryview
+    crc32: int
+    buffer: Tensor | None
 
 
 class Block(NamedTuple):
@@ -60,9 +71,9 @@ def write_chunks(
         # One thread writes: on one file writes exclude each other, and more would only wait.
         with directory.writer(file) as write:
             for index, at, ready in source(chunks):
-                block, checksum = ready.result()
-                checksums[index].append(checksum)
-                write(block, at)
+                block = ready.result()
+                checksums[index].append(block.crc32)
+                write(block.view, at)
     except OSError as error:
         raise OSError(
             f"{directory / file}: cannot write its {chunks[-1].offset + chunks[-1].nbytes} bytes "
@@ -80,19 +91,28 @@ def straight_from(parts: Sequence[Part], held: Sequence[Piece], block_bytes: int
     data = data_of(parts, held)
 
     def blocks(chunks: Sequence[Chunk]) -> Iterator[Block]:
+        scratch = Scratch()
         jobs = (
-            (index, chunk.offset + start, partial(_block, tensor, view, chunk.box, start, stop))
+            (index, chunk.offset + start, partial(_block, tensor, chunk.box, start, stop), view)
             for index, chunk, tensor in zip(range(len(chunks)), chunks, data, strict=True)
             for view in [memory(tensor)]
             for start, stop in blocks_of(chunk.nbytes, block_bytes)
         )
         pending: deque[Block] = deque()
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            for index, at, job in jobs:
-                pending.append(Block(index, at, pool.submit(job)))
+
+            def oldest() -> Iterator[Block]:
+                block = pending.popleft()
+                yield block
+                if (buffer := block.ready.result().buffer) is not None:
+                    scratch.give_back(buffer)
+
+            for index, at, job, view in jobs:
+                pending.append(Block(index, at, pool.submit(job, view, scratch)))
                 if len(pending) > BLOCKS_AHEAD:
-                    yield pending.popleft()
-            yield from pending
+                    yield from oldest()
+            while pending:
+                yield from oldest()
 
     return blocks
 
@@ -109,11 +129,18 @@ def data_of(parts: Sequence[Part], held: Sequence[Piece]) -> list[Tensor]:
     return found
 
 
-def _block(data: Tensor, view: memoryview | None, box: Box, start: int, stop: int) -> Summed:
+def _block(
+    data: Tensor, box: Box, start: int, stop: int, view: memoryview | None, scratch: Scratch
+) -> Summed:
     """Return bytes `start` to `stop` of a chunk, copied only if need be, and their checksum."""
-    size = data.dtype.itemsize
     if view is not None:
-        block = view[start:stop]
-    else:
-        block = gather_bytes(data, box, start // size, stop // size)
-    return block, zlib.crc32(block)
+        return summed(view[start:stop], None)
+    size = data.dtype.itemsize
+    buffer = scratch.take(stop - start)
+    copy_bytes(data, box, start // size, stop // size, buffer)
+    return summed(buffer.numpy().data, buffer)
+
+
+def summed(view: memoryview, buffer: Tensor | None) -> Summed:
+    """Return bytes with their checksum."""
+    return Summed(view, zlib.crc32(view), buffer)

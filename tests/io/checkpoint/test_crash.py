@@ -16,7 +16,7 @@ import torch
 from megatree.io import world
 from megatree.io.checkpoint import Piece, latest, load, load_extra, save, step_name
 from megatree.io.checkpoint.directory import staged
-from megatree.io.checkpoint.place import place_of
+from megatree.io.checkpoint.place import Folder, place_of
 from megatree.io.world import World
 
 ONE = World.single()
@@ -200,6 +200,7 @@ def test_a_save_removes_what_dead_ones_left_and_nothing_else(tmp_path):
 def test_two_writers_in_one_directory_do_not_disturb_each_other(tmp_path):
     """Only here: a living save must not look stale to another job's."""
     with staged(place_of(tmp_path / "step_00000001"), ONE) as staging:
+        assert isinstance(staging, Folder)
         (staging / "manifest.msgpack").write_bytes(b"")
         save(tmp_path / "step_00000002", [], world=ONE)
         assert staging.is_dir()
