@@ -31,6 +31,7 @@ def health_of(cfg: RunConfig) -> Health:
         spike_factor=said.spike_factor,
         spike_window=said.spike_window,
         spike=said.spike,
+        delay=said.delay,
         invariant_every=said.invariant_every,
     )
 

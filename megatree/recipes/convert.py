@@ -197,7 +197,7 @@ def _tokenizer_folder(opened: Opened) -> Path:
 
 def _extra_of(opened: Opened, tokenizer: str = "") -> dict[str, Any]:
     """Return the training state, with a config that says what model this is."""
-    extra = {"step": 0, **opened.extra}
+    extra: dict[str, Any] = {"step": 0, **opened.extra}
     if "config" not in extra and opened.model is not None:
         extra["config"] = to_plain(run_config(opened.model, _dtype_of(opened), tokenizer))
     elif opened.model is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,7 +136,7 @@ class _Only:
     source: Reader
     kept: Mapping[str, Any]
 
-    @property
+    @cached_property
     def arrays(self) -> Mapping[str, Array]:
         return {path: self.source.arrays[path] for path in self.kept}
 
@@ -150,7 +151,7 @@ class _Renamed:
     source: Reader
     names: Mapping[str, str]
 
-    @property
+    @cached_property
     def arrays(self) -> Mapping[str, Array]:
         return {new: self.source.arrays[old] for new, old in self.names.items()}
 
@@ -204,7 +205,7 @@ def _open_named(path: Path, kind: Format, reader: Reader, like: GPTConfig | None
             raise ValueError(
                 f"{path}: does not say what its axes are. Name a config that does with --like."
             )
-        return _like(path, format, reader, model)
+        return _like(path, kind, reader, model)
     unmapped = sorted(set(reader.arrays) - set(axes))
     leaves = {
         name: Leaf(path=name, shape=array.shape, dtype=array.dtype, axes=axes[name])

@@ -15,7 +15,10 @@ class HealthConfig:
         max_skips: updates in a row that may be skipped.
         spike_factor: a loss above so many times the median of the last is a spike; 0: none is.
         spike_window: losses that the median is of.
-        spike: "stop" the run at a spike, or "report" it.
+        spike: "stop" the run at a spike, "skip" its update, or "report" it.
+        delay: steps that a look at the loss and the gradients may come late, so that the host need
+            not wait for the device at every step. Reports, evaluations and checkpoints look at
+            once, so log.every matters too.
         invariant_every: steps between comparisons, bit for bit, of what ranks hold copies of; 0
             for none.
         hang_s: seconds that a rank may wait for others in one call, until all are asked where they
@@ -27,7 +30,8 @@ class HealthConfig:
     max_skips: int = 10
     spike_factor: float = 0.0
     spike_window: int = 32
-    spike: Literal["stop", "report"] = "stop"
+    spike: Literal["stop", "skip", "report"] = "stop"
+    delay: int = 0
     invariant_every: int = 0
     hang_s: float = 600.0
     stop_on: tuple[str, ...] = ("SIGTERM",)
@@ -47,6 +51,15 @@ class HealthConfig:
             raise ValueError(
                 f"health: invariant_every {self.invariant_every} and hang_s {self.hang_s} are "
                 "lengths of time. Give at least 0; 0 means never."
+            )
+        if self.delay and self.spike == "skip":
+            raise ValueError(
+                f"health.delay: a look {self.delay} steps late cannot skip the update of a spike. "
+                "Set health.delay to 0, or health.spike to stop."
+            )
+        if self.delay < 0:
+            raise ValueError(
+                f"health.delay: a look {self.delay} steps late. Give at least 0; 0 looks at once."
             )
         for name in self.stop_on:
             if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):

@@ -63,7 +63,7 @@ def _boxes(reader: Reader, every_box: bool) -> Mapping[str, str]:
         texts = [f"{spelled(chunk.box)} {chunk.file}" for chunk in shown]
         if len(shown) < len(stored.chunks):
             texts.append(f"and {len(stored.chunks) - len(shown)} more")
-        out[stored.leaf.path] = "\n".join(texts)
+        out[stored.leaf.path] = ", ".join(texts)
     return out
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,12 @@ def test_a_disk_that_fills_up_ends_the_run_with_the_last_checkpoint_whole(
 
 def test_masters_are_kept_or_dropped_as_the_config_says(tmp_path: Path) -> None:
     cfg = tiny_run(tmp_path, steps=4)
-    narrow = with_group(RunConfig(**{**vars(cfg), "dtype": "bfloat16"}), "checkpoint")
+    narrow = with_group(replace(cfg, dtype="bfloat16"), "checkpoint")
     open_job(CPU, narrow, silent).train(stop=2)
     stored = {x.leaf.path for x in read_manifest(tmp_path / "run" / "step_00000002").leaves}
     assert any(path.startswith("opt.master.") for path in stored)
     heard: dict[str, Any] = {}
-    wide = RunConfig(**{**vars(narrow), "dtype": "float32"})
+    wide = replace(narrow, dtype="float32")
     assert run(CPU, wide, lambda kind, fields: heard.update({kind: fields})) == 4
     assert "are the masters of the checkpoint" in heard["start"]["masters"]
 
@@ -146,7 +147,7 @@ def test_weights_begin_a_run_with_another_head(tmp_path: Path) -> None:
     run(CPU, first, silent)
     second = with_group(second, "model", vocab_size=520)
     weights = CheckpointConfig(dir=second.checkpoint.dir, weights=first.checkpoint.dir)
-    second = RunConfig(**{**vars(second), "checkpoint": weights})
+    second = replace(second, checkpoint=weights)
     with pytest.raises(ValueError, match=r"a checkpoint of another model: model.vocab_size"):
         open_job(CPU, second, silent)
     heard: dict[str, Any] = {}

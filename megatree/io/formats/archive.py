@@ -10,7 +10,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def load(source: Path | bytes, place: str) -> Any:
     Raises:
         ValueError: it is no archive of torch, holds what expands, or names what is not allowed.
     """
-    stream: BinaryIO
+    stream: io.BufferedIOBase
     stream = open(source, "rb") if isinstance(source, Path) else io.BytesIO(source)  # noqa: SIM115
     with stream:
         _check_archive(stream, place)
@@ -62,7 +62,7 @@ def load(source: Path | bytes, place: str) -> Any:
                 raise ValueError(f"{place}: cannot be loaded ({first}). {_FIX}") from None
 
 
-def _check_archive(stream: BinaryIO, place: str) -> None:
+def _check_archive(stream: io.BufferedIOBase, place: str) -> None:
     """Refuse an archive whose entries are packed or larger than the file."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -89,7 +89,7 @@ def _check_archive(stream: BinaryIO, place: str) -> None:
         raise ValueError(f"{place}: its entries say {total} bytes, it has {size}. {_FIX}")
 
 
-def _globals(stream: BinaryIO, place: str) -> list[str]:
+def _globals(stream: io.BufferedIOBase, place: str) -> list[str]:
     """Return the names that the pickle uses and that become inert records."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(stream)  # pyrefly: ignore

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Array:
         return f"{dtype_name(self.dtype)} {list(self.shape)}"
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Arrays that can be read."""
 
@@ -50,6 +51,7 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Arrays that are being written; which ones there will be is said when it is made."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Cast:
     dtype: torch.dtype
     only: frozenset[str]
 
-    @property
+    @cached_property
     def arrays(self) -> Mapping[str, Array]:
         """What there is."""
         return {

@@ -8,6 +8,7 @@ layers that are stacked here and apart there, and padding.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import torch
@@ -75,7 +76,7 @@ class Folded:
     source: Reader
     entries: Mapping[str, Entry]
 
-    @property
+    @cached_property
     def arrays(self) -> Mapping[str, Array]:
         """What there is."""
         return {path: entry.array for path, entry in self.entries.items()}
@@ -110,8 +111,12 @@ def _regions(side: Side, box: Box) -> Iterator[tuple[Ranges, Box]]:
 
 
 def _intersect(one: Ranges, other: Ranges) -> Ranges | None:
-    assert one.keys() == other.keys(), f"{sorted(one)} against {sorted(other)}"
-    out = {axis: (max(a, other[axis][0]), min(b, other[axis][1])) for axis, (a, b) in one.items()}
+    """Return what two sides have in common; an axis that one does not name has one index."""
+    out = {**one, **other}
+    for axis in one.keys() ^ other.keys():
+        assert out[axis][1] - out[axis][0] == 1, f"{axis}: {sorted(one)} against {sorted(other)}"
+    for axis in one.keys() & other.keys():
+        out[axis] = (max(one[axis][0], other[axis][0]), min(one[axis][1], other[axis][1]))
     return out if all(a < b for a, b in out.values()) else None
 
 
@@ -137,13 +142,8 @@ def _place(
         values = values.reshape([*values.shape, *[1] * len(lacking)])
         own += lacking
         order = [own.index(axis) for axis in names]
-        order += [dim for dim in range(len(own)) if dim not in order]  # all of size 1
-        moved = (
-            values.permute(order).flatten(len(names))
-            if len(order) > len(names)
-            else (values.permute(order))
-        )
-        moved = moved.squeeze(-1) if len(order) > len(names) else moved
+        lost = [dim for dim in range(len(own)) if dim not in order]
+        moved = values.permute([*order, *lost]).reshape([values.shape[dim] for dim in order])
         target = view
         for dim, axis in enumerate(names):
             start, stop = piece[axis]

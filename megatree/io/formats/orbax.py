@@ -23,6 +23,8 @@ TREE = "_METADATA"
 _FIX = "The checkpoint is damaged or hostile: take another copy."
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 _DICT_KEY = 2
+# zstd packs constants some thousand times; what claims more than this, and much, is no model.
+_MOST_EXPANSION, _ALWAYS_BYTES = 10_000, 1 << 30
 # numpy has no bfloat16 and no float8: their bytes travel as integers.
 _CARRIER = {1: torch.uint8, 2: torch.uint16}
 
@@ -67,6 +69,13 @@ class OrbaxReader:
             self._stores[path_of] = store
             self.arrays[path_of] = Array(shape=tuple(store.shape), dtype=DTYPES[name])
 
+        total = sum(array.nbytes for array in self.arrays.values())
+        stored = sum(entry.stat().st_size for entry in folder.rglob("*") if entry.is_file())
+        if total > max(_ALWAYS_BYTES, _MOST_EXPANSION * stored):
+            raise ValueError(
+                f"{folder}: its arrays say they are {total} bytes, its files have {stored}. {_FIX}"
+            )
+
     def read(self, path: str, box: Box) -> Tensor:
         """Return the elements of a box; tensorstore reads its chunks in parallel."""
         store, array = self._stores[path], self.arrays[path]
@@ -82,6 +91,8 @@ def _open(folder: Path, path: str, told: Mapping[str, Any]) -> Any:
     ts = _tensorstore()
     ocdbt, zarr3 = told.get("use_ocdbt", True), told.get("use_zarr3", False)
     spec = _spec(folder, path, ocdbt=ocdbt, zarr3=zarr3)
+    if told.get("store_array_data_equal_to_fill_value"):
+        spec["fill_missing_data_reads"] = False  # zeros are stored: what is absent is damage
     try:
         return ts.open(spec, open=True, read=True).result()
     except ValueError as error:
@@ -125,8 +136,6 @@ class OrbaxWriter:
                 "dtype": _zarr_dtype(array.dtype, path),
                 "compressor": {"id": "zstd", "level": 1},
             }
-            # Zeros are written too: Orbax takes what is absent for damage.
-            spec["store_data_equal_to_fill_value"] = True
             opened[path] = ts.open(spec, create=True, open=True, read=True, write=True)
         self._stores = {path: future.result() for path, future in opened.items()}
 
@@ -181,6 +190,8 @@ def _to_numpy(data: Tensor, dtype: Any) -> Any:
 
 def _to_torch(data: Any, dtype: torch.dtype) -> Tensor:
     shape, size = data.shape, dtype.itemsize
+    if not data.size:
+        return torch.empty(shape, dtype=dtype)
     raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     assert raw.size == prod(shape) * size
     return torch.from_numpy(raw.copy()).view(dtype).view(shape)

@@ -17,6 +17,13 @@ from megatree.io.formats.names import checked_file
 from megatree.io.formats.raw import sync
 
 _COMMON_KEY = "common_state/shard_0_1"
+_LAYERS = "decoder.layers"
+_LINEAR = (
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
 MOMENTS: Mapping[str, str] = {
     "optimizer.state.exp_avg.": "m",
     "optimizer.state.exp_avg_sq.": "v",
@@ -83,7 +90,14 @@ class TorchDistWriter(DcpWriter):
         self.root, self.iteration = folder, iteration
         step = folder / f"iter_{iteration:07d}"
         step.mkdir()
-        super().__init__(step, arrays)
+        # Megatron expects what fp8 would keep of every linear layer, and without fp8 it is nothing.
+        layers = int(args["num_layers"])
+        blobs = {
+            f"{_LAYERS}.{name}._extra_state/shard_{layer}_{layers}": [None]
+            for name in _LINEAR
+            for layer in range(layers)
+        }
+        super().__init__(step, arrays, blobs)
         # The layout of 0.16, which later versions read too; the other way they fail.
         common = {"args": Namespace(**args), "iteration": iteration, "checkpoint_version": 3.0}
         torch.save(common, step / "common.pt")
