@@ -1,6 +1,6 @@
 """Loss and gradients of a step: weights first, then all microbatches, then the sums."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class Gradients:
     precision: Precision
 
     def __call__(
-        self, microbatches: Sequence[Mapping[str, Tensor]], *, scale: float = 1.0
+        self, microbatches: Sequence[Mapping[str, Tensor]], *, scale: float = 1.0, look: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Compute the terms of the loss and, into `sums`, the gradient of their sum.
 
@@ -52,6 +52,8 @@ class Gradients:
             microbatches: local batches; every term is divided by its weight over all of them and
                 all ranks.
             scale: multiplies the gradients (see `LossScale`).
+            look: whether to wait for the weights and look at them; else the caller does so later
+                (`check_weights`), and without a weight all gradients are nan.
 
         Returns:
             The value of each term, and its weight, as scalars that all ranks share; and the
@@ -63,7 +65,7 @@ class Gradients:
         leaves = self.executor.leaves
         self.precision.check_microbatches(len(microbatches))
         schedule = self.bound.program.layout.schedule_for(len(microbatches))
-        consts, weights = self._consts_and_weights(microbatches, self.bound)
+        consts, weights = self._consts_and_weights(microbatches, self.bound, look=look)
         leaves.begin(len(microbatches))
         outputs = self.executor.run(schedule, consts, weights, scale=scale)
         leaves.finish()
@@ -89,7 +91,7 @@ class Gradients:
         )
 
     def _consts_and_weights(
-        self, microbatches: Sequence[Mapping[str, Tensor]], bound: BoundModel
+        self, microbatches: Sequence[Mapping[str, Tensor]], bound: BoundModel, *, look: bool = True
     ) -> tuple[list[dict[str, Tensor]], dict[TermKey, Tensor]]:
         """Compute the consts of every microbatch and the terms' weights over the whole step."""
         consts = [bound.consts(batch) for batch in microbatches]
@@ -100,13 +102,9 @@ class Gradients:
                 'Return {"terms": {name: (sum, weight)}} from one of them.'
             )
         weights = self._total([bound.weights(c) for c in consts], keys, 1)
-        empty = sorted({key[2] for key, weight in weights.items() if not weight.item() > 0})
-        if empty:
-            raise ValueError(
-                f"step: loss terms {empty} have no weight in any of {len(microbatches)} "
-                "microbatches (every token is masked). Give the step a batch with at least one "
-                "token that counts."
-            )
+        if look:
+            read = [(key[2], weight.item()) for key, weight in weights.items()]
+            check_weights(read, len(microbatches))
         return consts, weights
 
     def _values(
@@ -143,6 +141,24 @@ class Gradients:
             total = comm.psum(local, axes) if axes else local
             out.update(zip(group, total.unbind(), strict=True))
         return out
+
+
+def check_weights(weights: Iterable[tuple[str, float]], num_microbatches: int) -> None:
+    """Refuse a step in which a loss term has no weight.
+
+    Args:
+        weights: (term, its weight over the whole step).
+        num_microbatches: of the step.
+
+    Raises:
+        ValueError: names the terms.
+    """
+    if empty := sorted({name for name, weight in weights if not weight > 0}):
+        raise ValueError(
+            f"step: loss terms {empty} have no weight in any of {num_microbatches} "
+            "microbatches (every token is masked). Give the step a batch with at least one "
+            "token that counts."
+        )
 
 
 def make_gradients(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatree.io.world import World
 from megatree.parallel.loss_scale import DynamicLossScale
+from megatree.runtime.gradients import check_weights
 from megatree.runtime.recorded import Recorder
 from megatree.runtime.step import Metrics, TrainState, TrainStep
 
@@ -30,7 +31,11 @@ class Health:
         spike_factor: a loss above so many times the median of the last ones is a spike; 0 for none.
         spike_window: how many losses the median is of; there is no spike before.
         spike: what happens at a spike: "stop" ends the run before a checkpoint of it is written,
-            "report" says so.
+            "skip" goes on without that update, "report" says so.
+        delay: how many steps late a step is looked at, so that the host need not wait for the
+            device at each. No update is made meanwhile once something is not finite, and all is
+            looked at before a report, an evaluation or a checkpoint. 0 where every step is read
+            anyway (`TrainStep.waits`).
         invariant_every: steps between comparisons of what ranks hold copies of (see
             `check_invariant`), 0 for none.
     """
@@ -39,8 +44,16 @@ class Health:
     max_skips: int = 10
     spike_factor: float = 0.0
     spike_window: int = 32
-    spike: Literal["stop", "report"] = "stop"
+    spike: Literal["stop", "skip", "report"] = "stop"
+    delay: int = 0
     invariant_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.spike == "skip" and self.delay:
+            raise ValueError(
+                f"health.delay: a look {self.delay} steps late cannot skip the update of a spike. "
+                "Set health.delay to 0, or health.spike to 'stop'."
+            )
 
 
 @dataclass
@@ -88,6 +101,14 @@ class Vitals:
             self._trim()
         return told
 
+    def most(self) -> float | None:
+        """Return the largest loss whose update is made, None for any."""
+        full = len(self.losses) == self.health.spike_window
+        if self.health.spike != "skip" or not self.health.spike_factor or not full:
+            return None
+        median = statistics.median(self.losses)
+        return self.health.spike_factor * median if median > 0.0 else None
+
     def _trim(self) -> None:
         while len(self.losses) > self.health.spike_window:
             self.losses.popleft()
@@ -102,6 +123,7 @@ def check_step(
     world: World,
     *,
     recorder: Recorder | None = None,
+    read: Mapping[str, float] | None = None,
 ) -> str | None:
     """Look at a step that was made; every rank calls it.
 
@@ -113,6 +135,7 @@ def check_step(
         batches: its local microbatches.
         world: the processes.
         recorder: of this rank's calls, to find where a value first was not finite.
+        read: the metrics as `numbers_of` names them, if they are on the host already.
 
     Returns:
         What is odd although the run goes on, None if nothing is.
@@ -121,11 +144,17 @@ def check_step(
         ValueError: the run must not go on; names the first bad leaf and rank.
     """
     health = vitals.health
-    loss, norm = metrics.loss.item(), metrics.grad_norm.item()
+    if read is None:
+        loss, norm = metrics.loss.item(), metrics.grad_norm.item()
+    else:
+        loss, norm = read["loss"], read["grad_norm"]
+        check_weights([(name, read[f"weight.{name}"]) for name in metrics.weights], len(batches))
     if math.isfinite(loss) and math.isfinite(norm):
-        vitals.skips = 0
         told = vitals.spike(loss)
-        if told and health.spike == "stop":
+        vitals.skips = vitals.skips + 1 if told and metrics.skipped else 0
+        if vitals.skips and vitals.skips <= health.max_skips:
+            return f"{told}; the update was skipped, {vitals.skips} in a row"
+        if told and (health.spike == "stop" or vitals.skips):
             raise ValueError(
                 f"step {state.step}: {told}. Go on from an earlier checkpoint with a lower "
                 "learning rate or other data, or set health.spike to 'report'."
@@ -143,6 +172,12 @@ def check_step(
         f"step {state.step}: {told}{why}. Lower the learning rate or lengthen its warm-up; the "
         "last checkpoint is whole."
     )
+
+
+def numbers_of(metrics: Metrics) -> dict[str, Tensor]:
+    """Return what `check_step` looks at."""
+    weights = {f"weight.{name}": weight for name, weight in metrics.weights.items()}
+    return {"loss": metrics.loss, "grad_norm": metrics.grad_norm, **weights}
 
 
 def _is_routine(step: TrainStep, state: TrainState, loss: float) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 import torch
+from torch import Tensor
 
 from megatree.parallel.comm import RankComm
 
@@ -43,6 +44,10 @@ class StopRequest:
         Args:
             comm: this rank's collectives over the whole mesh.
         """
-        asked = torch.tensor(float(self.got is not None), device=comm.device)
+        return bool(self.vote(comm).item())
+
+    def vote(self, comm: RankComm) -> Tensor:
+        """Return 1 on the device if any rank was asked to stop, else 0; as `agreed` is called."""
+        asked = torch.full((), float(self.got is not None), device=comm.device)
         axes = tuple(comm.sizes)
-        return bool((comm.pmax(asked, axes) if axes else asked).item())
+        return comm.pmax(asked, axes) if axes else asked

@@ -45,6 +45,8 @@ class TrainState:
         master: group name -> float32 copy of this rank's part, for parameters in a narrow dtype.
         skipped: number of steps that made no update, as gradients were not finite.
         scale: the loss scale, where there is one.
+        halted: 1 once a step that nobody has looked at yet was not finite (see `TrainStep`), so
+            that no later one makes an update.
     """
 
     step: int
@@ -53,6 +55,7 @@ class TrainState:
     master: dict[str, Tensor]
     skipped: int = 0
     scale: LossScaleState | None = None
+    halted: Tensor | None = None
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -93,7 +96,8 @@ class Metrics:
         grad_norm: L2 norm of all gradients before clipping.
         outs: what else the segments return, of all stages: "segment.name" -> [microbatches, ...],
             and of a stack "stack.kind.name" -> [microbatches, layers, ...].
-        skipped: whether no update was made, as gradients were not finite; without a loss scale
+        skipped: whether no update was made, as gradients were not finite or the loss was above
+            what the caller allowed; without a loss scale
             and `Precision.skip_nonfinite` nobody looks: the norm tells.
         loss_scale: what the loss was multiplied by.
     """
@@ -241,43 +245,63 @@ class TrainStep:
             return [dict(batch) for batch in microbatches]
         device = self.comm.device
         return [
-            {**batch, "key": torch.tensor(keys.fold(self.seed, step, i), device=device)}
+            {**batch, "key": _scalar(int(keys.fold(self.seed, step, i)), torch.int64, device)}
             for i, batch in enumerate(microbatches)
         ]
 
+    @property
+    def waits(self) -> bool:
+        """Whether every step reads from the device whether its gradients are finite."""
+        precision = self.gradients.precision
+        return precision.skip_nonfinite or precision.loss_scale is not None
+
     def __call__(
-        self, state: TrainState, microbatches: Sequence[Mapping[str, Tensor]]
+        self,
+        state: TrainState,
+        microbatches: Sequence[Mapping[str, Tensor]],
+        *,
+        ahead: bool = False,
+        most: float | None = None,
     ) -> tuple[TrainState, Metrics]:
         """Make one update.
 
         Args:
             state: as `init` or a checkpoint gave it; its buffers are changed in place.
             microbatches: local batches, each this rank's part of the same global microbatch.
+            ahead: read nothing from the device (but see `waits`): the caller looks at the metrics
+                later. Until then a step whose loss or norm is not finite makes no update, and
+                neither does any after it, so that what is wrong can still be found.
+            most: make no update where the loss is above this; the host waits for the loss.
 
         Returns:
             The state after the update, and what to report.
 
         Raises:
-            ValueError: a loss term has no weight in the whole step.
+            ValueError: a loss term has no weight in the whole step; ahead, nobody has looked.
         """
         precision = self.gradients.precision
         loss_scale = 1.0 if state.scale is None else state.scale.scale
         terms, weights, outs = self.gradients(
-            self.with_keys(microbatches, state.step), scale=loss_scale
+            self.with_keys(microbatches, state.step), scale=loss_scale, look=not ahead
         )
         grads = self._main(self.gradients.sums.shards())
         norm = global_norm(self.groups, grads, self.comm) / loss_scale
         finite = norm.isfinite()
         factor = 1.0 if self.max_norm is None else clip_factor(norm, self.max_norm)
-        waits = precision.skip_nonfinite or state.scale is not None
-        overflow = waits and not finite.item()
-        if not overflow:
+        overflow = self.waits and not finite.item()
+        loss = torch.stack(list(terms.values())).sum()
+        skips = overflow or (most is not None and loss.item() > most)
+        bad = (~finite).float()
+        if state.halted is not None:
+            bad = torch.maximum(bad, state.halted)
+        if not skips:
             if self.max_value is not None:
                 clip_value(grads, self.max_value * loss_scale)
-            scale = torch.as_tensor(factor / loss_scale, dtype=torch.float32)
-            scale = scale.to(self.comm.device)
-            self._update(state, grads, scale, None if waits else (~finite).float())
-        after = replace(state, step=state.step + 1, skipped=state.skipped + overflow)
+            scale = factor / loss_scale
+            if not isinstance(scale, Tensor):
+                scale = _scalar(scale, torch.float32, self.comm.device)
+            self._update(state, grads, scale.float(), None if self.waits else bad)
+        after = replace(state, step=state.step + 1, skipped=state.skipped + skips)
         if precision.loss_scale is not None and state.scale is not None:
             after.scale = precision.loss_scale.after(state.scale, overflow=overflow)
         metrics = Metrics(
@@ -285,9 +309,12 @@ class TrainStep:
             weights=weights,
             grad_norm=norm,
             outs=outs,
-            skipped=overflow,
+            skipped=skips,
             loss_scale=loss_scale,
         )
+        after.halted = None
+        if ahead and not self.waits:
+            after.halted = torch.maximum(bad, (~metrics.loss.isfinite()).float())
         return after, metrics
 
     @torch.no_grad()
@@ -361,6 +388,11 @@ class TrainStep:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return what `evaluate` does, and the metrics of all stages (`Metrics.outs`)."""
         return self.gradients.values(microbatches, self.evaluation)
+
+
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Filled where it is needed: `torch.tensor` makes it on the host, and its copy would wait.
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def train_step(

@@ -40,13 +40,20 @@ class GradientSums:
             for group in groups
         }
         self._left: dict[Bucket, int] = {}
+        self._reached: dict[Bucket, set[str]] = {}
         self._growing: dict[Bucket, Tensor] = {}
         self._waits: deque[Callable[[], object]] = deque()
 
     def begin(self, num_microbatches: int) -> None:
-        """Start a step: gradients are zero, and every row waits for all its gradients."""
-        for buffer in self.stored.values():
-            buffer.zero_()
+        """Start a step: every row waits for all its gradients.
+
+        Rows that are stored whole keep what they held until a gradient replaces it, or `finish`
+        finds that none came: zeroing and adding would move 3 times the bytes of a copy.
+        """
+        for group in self.groups:
+            if group.num_parts("grads") > 1:
+                self.stored[group.name].zero_()
+        self._reached = {bucket: set() for bucket in self.uses}
         self._left = {bucket: count * num_microbatches for bucket, count in self.uses.items()}
 
     def target(self, bucket: Bucket, leaf: Leaf) -> Tensor:
@@ -62,7 +69,12 @@ class GradientSums:
     def add(self, bucket: Bucket, leaf: Leaf, grad: Tensor, *, arrivals: int = 1) -> None:
         """Add a leaf's gradient, which makes up so many of the row's arrivals."""
         group = self.by_name[bucket[0]]
-        self.target(bucket, leaf).add_(group.unflattened(grad, leaf))
+        target = self.target(bucket, leaf)
+        if group.num_parts("grads") > 1 or leaf.path in self._reached[bucket]:
+            target.add_(group.unflattened(grad, leaf))
+        else:
+            self._reached[bucket].add(leaf.path)
+            target.copy_(group.unflattened(grad, leaf))
         self._left[bucket] -= arrivals
         if group.num_parts("grads") > 1:
             if self._left[bucket] % self.uses[bucket] == 0:
@@ -81,6 +93,12 @@ class GradientSums:
         part = buffer.view(group.num_parts("opt"), -1)[self.comm.index(group.axes("opt"))]
         wait = self._reduce(buffer, group.axes("opt"), group.sync)
         self._waits.append(lambda: part.copy_(wait()))
+
+    def _clear(self, bucket: Bucket) -> None:
+        """Zero what no gradient has reached in a row that is stored whole."""
+        for leaf in self.by_name[bucket[0]].leaves:
+            if leaf.path not in self._reached[bucket]:
+                self.target(bucket, leaf).zero_()
 
     def _scatter(self, bucket: Bucket) -> None:
         """Start the reduction of one microbatch's row into the part that is stored."""
@@ -123,8 +141,10 @@ class GradientSums:
             if self.by_name[bucket[0]].num_parts("grads") > 1:
                 if bucket in self._growing:
                     self._scatter(bucket)
-            elif left > 0:
-                self._sum(bucket)
+            else:
+                self._clear(bucket)
+                if left > 0:
+                    self._sum(bucket)
         while self._waits:
             self._waits.popleft()()
         for group in self.groups:

@@ -2,8 +2,9 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,8 +22,9 @@ from megatree.parallel.order import natural_ranges
 from megatree.runtime import pieces
 from megatree.runtime.agreement import check_agreement, code_facts, describe, digest, plan_text
 from megatree.runtime.batch_ramp import BatchRamp
-from megatree.runtime.health import Health, Vitals, check_step
+from megatree.runtime.health import Health, Vitals, check_step, numbers_of
 from megatree.runtime.invariants import check_invariant
+from megatree.runtime.later import Later
 from megatree.runtime.meter import meter
 from megatree.runtime.recorded import Recorder
 from megatree.runtime.signals import StopRequest
@@ -311,18 +313,33 @@ def train(
     state, consumed = progress.state, progress.consumed
     logged, before, clock = state.step, consumed, time.perf_counter()
     stops, held_out = False, math.nan
+    delay = 0 if step.waits else care.health.delay
+
+    def make(
+        state: TrainState, batches: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[TrainState, Metrics]:
+        return step(state, batches, ahead=delay > 0, most=vitals.most())
+
+    behind: deque[_Made] = deque()
     saver = saver or Saver(world)
     with loader, saver:
         while state.step < loop.steps and not stops:
             batches = [on_device(step, part) for part in next(loader).microbatches]
             if care.recorder is None or state.step == progress.state.step:
-                state, metrics = step(state, batches)  # the first one may compile for long
+                state, metrics = make(state, batches)  # the first one may compile for long
             else:
-                state, metrics = care.recorder.alone("step", step, state, batches)
+                state, metrics = care.recorder.alone("step", make, state, batches)
             consumed = loader.consumed
-            _look(vitals, step, state, metrics, batches, consumed, world, care, tell)
+            made = _Made(state, metrics, batches, consumed)
+            if delay:
+                behind.append(_on_its_way(made, step, loop, care))
+                left = 0 if _is_due(state.step, loop, care.health) else delay
+                asked = _catch_up(behind, left, vitals, step, world, care, tell)
+                stops = asked and state.step < loop.steps
+            else:
+                _look(made, vitals, step, world, care, tell)
+                stops = _asked(step, state, loop, care)
             _tell_saved(saver, tell)
-            stops = _asked(step, state, loop, care)
             evaluates = valid is not None and not stops and loop.due(state.step, loop.eval_every)
             saves = bool(loop.directory) and (stops or loop.due(state.step, loop.save_every))
             if evaluates or saves or loop.due(state.step, loop.log_every):
@@ -366,19 +383,69 @@ def train(
     return Progress(state=state, consumed=consumed, vitals=vitals.to_json())
 
 
-def _look(
+@dataclass(frozen=True)
+class _Made:
+    """A step that was made: the state after it, what it reports and read, its numbers to come."""
+
+    state: TrainState
+    metrics: Metrics
+    batches: Sequence[Mapping[str, Tensor]]
+    consumed: int
+    numbers: Later | None = None
+
+
+def _on_its_way(made: _Made, step: TrainStep, loop: Loop, care: Care) -> _Made:
+    """Ask the device for what has to be looked at, and whether a rank was asked to stop."""
+    named = numbers_of(made.metrics)
+    if care.stop is not None and made.state.step < loop.steps:
+        named["stop"] = care.stop.vote(step.comm)
+    return replace(made, numbers=Later(named))
+
+
+def _is_due(step: int, loop: Loop, health: Health) -> bool:
+    """Whether something happens after this step before which all steps are looked at."""
+    every = [loop.log_every, loop.eval_every, loop.save_every, health.invariant_every]
+    return any(loop.due(step, n) for n in every)
+
+
+def _catch_up(
+    behind: "deque[_Made]",
+    left: int,
     vitals: Vitals,
     step: TrainStep,
-    state: TrainState,
-    metrics: Metrics,
-    batches: Sequence[Mapping[str, Tensor]],
-    consumed: int,
     world: World,
     care: Care,
     tell: Report,
+) -> bool:
+    """Look at steps until `left` wait, or at all if one says that the run stops: whether it does.
+
+    The ranks read the same numbers of the same step, so they agree.
+    """
+    stops = False
+    while len(behind) > (0 if stops else left):
+        made = behind.popleft()
+        assert made.numbers is not None
+        read = made.numbers.read()
+        _look(made, vitals, step, world, care, tell, read=read)
+        stops = stops or read.get("stop", 0.0) > 0
+    return stops
+
+
+def _look(
+    made: _Made,
+    vitals: Vitals,
+    step: TrainStep,
+    world: World,
+    care: Care,
+    tell: Report,
+    *,
+    read: Mapping[str, float] | None = None,
 ) -> None:
     """Look at a step that was made; refuse to go on when something is wrong."""
-    odd = check_step(vitals, step, state, metrics, batches, world, recorder=care.recorder)
+    state, consumed = made.state, made.consumed
+    odd = check_step(
+        vitals, step, state, made.metrics, made.batches, world, recorder=care.recorder, read=read
+    )
     if odd is not None:
         tell("odd", {"step": state.step, "text": odd})
     every = care.health.invariant_every

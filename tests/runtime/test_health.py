@@ -200,6 +200,31 @@ def test_a_good_step_ends_a_row_of_skips() -> None:
     assert list(vitals.losses) == [metrics.loss.item()]
 
 
+def test_the_update_of_a_spike_may_be_skipped() -> None:
+    """No bit moves, the step counts as skipped, and too many in a row end the run."""
+    step = tiny_step(Layout())
+    state, batches = step.init(), [step.local(tiny_data().batch(0, BATCH))]
+    health = Health(spike_factor=1.5, spike_window=2, spike="skip", max_skips=1)
+    vitals = Vitals(health, deque([1.0, 1.0]))
+    assert vitals.most() == 1.5
+    before = {name: x.clone() for name, x in state.params.items()}
+    state, metrics = step(state, batches, most=vitals.most())
+    assert metrics.skipped
+    assert (state.step, state.updates) == (1, 0)
+    assert all(torch.equal(x, state.params[name]) for name, x in before.items())
+    told = check_step(vitals, step, state, metrics, batches, WORLD)
+    assert told is not None
+    assert "times the median 1 of the last 2 steps" in told
+    assert told.endswith("; the update was skipped, 1 in a row")
+    state, metrics = step(state, batches, most=vitals.most())
+    with pytest.raises(ValueError, match=r"step 2: the loss 3\.\d+ is 3\.\d+ times the median"):
+        check_step(vitals, step, state, metrics, batches, WORLD)
+    state, metrics = step(state, batches, most=10.0)
+    assert not metrics.skipped
+    with pytest.raises(ValueError, match="a look 2 steps late cannot skip"):
+        Health(spike="skip", delay=2)
+
+
 @pytest.mark.parametrize("policy", ["stop", "report"])
 def test_a_spike_stops_the_run_or_is_told(policy: Any) -> None:
     step = tiny_step(Layout())
