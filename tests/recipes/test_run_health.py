@@ -102,10 +102,10 @@ def test_a_signal_on_one_rank_stops_all_after_a_checkpoint(
     plain, steps = pieces.save, iter(range(50))
     evaluate = type(job.step).__call__
 
-    def stepping(*args: Any) -> Any:
+    def stepping(*args: Any, **options: Any) -> Any:
         if next(steps) == 1 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args)
+        return evaluate(*args, **options)
 
     def saving(*args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
