@@ -140,7 +140,7 @@ def compiled_text(
 
 def ask_for_devices(num: int) -> None:
     """Let JAX make at least `num` CPU devices, if it has made none yet."""
-    if jax.config.jax_num_cpu_devices >= num:
+    if jax.config.values["jax_num_cpu_devices"] >= num:
         return
     try:
         jax.config.update("jax_num_cpu_devices", num)
