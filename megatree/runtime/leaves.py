@@ -117,10 +117,6 @@ class Leaves:
                 table[leaf.path, group.layer(bucket[1])] = value
         return [table[key] for key in self._keys[entry]]
 
-    def keys(self, entry: Entry) -> list[Key]:
-        """Return the parameters of an entry, in the program's order."""
-        return self._keys[entry]
-
     def inputs(self, entries: Sequence[Entry], without: set[Key]) -> dict[Key, Tensor]:
         """Return what a backward asks gradients of: leaves, and for gathered rows their tokens.
 

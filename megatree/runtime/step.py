@@ -112,7 +112,7 @@ class Metrics:
     @property
     def loss(self) -> Tensor:
         """The objective: the sum of the terms."""
-        return torch.stack(list(self.terms.values())).sum()
+        return _objective(self.terms)
 
 
 @dataclass(frozen=True)
@@ -194,13 +194,7 @@ class TrainStep:
 
     def _masters(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         precision = self.gradients.precision
-        if not precision.master:
-            return {}
-        return {
-            name: torch.zeros_like(part, dtype=torch.float32, memory_format=torch.contiguous_format)
-            for name, part in shards.items()
-            if precision.is_narrow(part.dtype)
-        }
+        return _float32_like(shards, precision) if precision.master else {}
 
     def _state(self, shards: Mapping[str, Tensor], master: dict[str, Tensor]) -> TrainState:
         opt = self.optimizer.init({**shards, **master}, self.rules)
@@ -289,8 +283,7 @@ class TrainStep:
         finite = norm.isfinite()
         factor = 1.0 if self.max_norm is None else clip_factor(norm, self.max_norm)
         overflow = self.waits and not finite.item()
-        loss = torch.stack(list(terms.values())).sum()
-        skips = overflow or (most is not None and loss.item() > most)
+        skips = overflow or (most is not None and _objective(terms).item() > most)
         bad = (~finite).float()
         if state.halted is not None:
             bad = torch.maximum(bad, state.halted)
@@ -330,11 +323,7 @@ class TrainStep:
         precision = self.gradients.precision
         if not precision.main_grads:
             return {}
-        return {
-            name: torch.zeros_like(part, dtype=torch.float32, memory_format=torch.contiguous_format)
-            for name, part in self.gradients.sums.shards().items()
-            if precision.is_narrow(part.dtype)
-        }
+        return _float32_like(self.gradients.sums.shards(), precision)
 
     @torch.no_grad()
     def _update(
@@ -388,6 +377,20 @@ class TrainStep:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return what `evaluate` does, and the metrics of all stages (`Metrics.outs`)."""
         return self.gradients.values(microbatches, self.evaluation)
+
+
+def _objective(terms: Mapping[str, Tensor]) -> Tensor:
+    """Add the terms of a loss."""
+    return torch.stack(list(terms.values())).sum()
+
+
+def _float32_like(parts: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
+    """Allocate zeroed float32 buffers for the parts that are narrower."""
+    return {
+        name: torch.zeros_like(part, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for name, part in parts.items()
+        if precision.is_narrow(part.dtype)
+    }
 
 
 def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -33,6 +33,7 @@ from megatree.runtime.weights import Weights
 from tests.ranks import ranks
 from tests.runtime.one_device import assert_like_one_device, reference
 from tests.runtime.table import MODELS, layouts
+from tests.runtime.test_pipeline import batches
 from tests.thread_worlds import threaded_worlds
 
 SP = Rules(batch="dp", kv_heads="tp", ffn="tp", vocab="tp", seq_res="tp")
@@ -101,17 +102,6 @@ def test_gradients_under_every_layout_with_data_parallelism(model: str, storage:
 
 
 # -- whole steps ----------------------------------------------------------------------------------
-
-
-def batches() -> list[dict[str, Tensor]]:
-    """Microbatches with masks of very different weight."""
-    g = torch.Generator().manual_seed(1)
-    out = []
-    for rate in (0.1, 0.5, 0.9, 0.7):
-        tokens, labels = torch.randint(0, 50, (2, 4, 8), generator=g)
-        weights = (torch.rand(4, 8, generator=g) > rate).float()
-        out.append({"tokens": tokens, "labels": labels, "weights": weights})
-    return out
 
 
 def make(cfg: GPTConfig, layout: Layout, comm: Any = None, dtype=torch.float64) -> TrainStep:
