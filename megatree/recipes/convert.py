@@ -1,7 +1,6 @@
 """Convert a checkpoint of one format into another, a box at a time."""
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from megatree.io.checkpoint import step_name
-from megatree.io.checkpoint.directory import staged
+from megatree.io.checkpoint.directory import staged, sync
 from megatree.io.checkpoint.dtypes import dtype_name
 from megatree.io.checkpoint.place import Folder
 from megatree.io.formats.arrays import BOX_BYTES, Array, Reader, Writer, copy
@@ -156,16 +155,8 @@ def convert(
         copy(plan.reader, writer, most_bytes=options.box_bytes, told=told)
         for entry in sorted(Path(folder).rglob("*")):
             if entry.is_dir():
-                _sync_directory(entry)
+                sync(entry)
     return plan
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cast(opened: Opened, dtype: torch.dtype) -> Opened:

@@ -142,10 +142,10 @@ def _staging_of(final: Folder) -> Folder:
 
 
 def _publish(staging: Folder, final: Folder) -> None:
-    _sync_directory(staging)
+    sync(staging)
     _refuse_existing(final, os.path.lexists(final))
     os.rename(staging, final)
-    _sync_directory(final.parent)
+    sync(final.parent)
 
 
 def _refuse_existing(final: Place, exists: bool) -> None:
@@ -160,10 +160,11 @@ def _make_directory(path: Path) -> None:
     if not path.is_dir():
         _make_directory(path.parent)
         path.mkdir(exist_ok=True)
-        _sync_directory(path.parent)
+        sync(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from megatree.io.checkpoint.box import Box, extents
+from megatree.io.checkpoint.directory import sync
 from megatree.io.checkpoint.dtypes import DTYPES
 from megatree.io.formats import archive
 from megatree.io.formats.arrays import Array
 from megatree.io.formats.names import checked_file
-from megatree.io.formats.raw import sync
 from megatree.io.formats.tiles import Tile, Tiles
 
 METADATA = ".metadata"

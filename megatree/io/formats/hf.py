@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from megatree.io.checkpoint import Box
+from megatree.io.checkpoint.directory import sync
 from megatree.io.formats import safetensors
 from megatree.io.formats.arrays import Array
 from megatree.io.formats.names import checked_file
-from megatree.io.formats.raw import Region, RegionWriter, read_region, sync
+from megatree.io.formats.raw import Region, RegionWriter, read_region
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5 << 30

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatree.io.checkpoint import Box, Leaf, Piece, StoredLeaf, read_manifest
 from megatree.io.checkpoint.box import extents
+from megatree.io.checkpoint.directory import sync
 from megatree.io.checkpoint.extra import check_extra
 from megatree.io.checkpoint.fetch import fetch
 from megatree.io.checkpoint.listing import listing
@@ -29,7 +30,6 @@ from megatree.io.checkpoint.manifest import (
 from megatree.io.checkpoint.place import Folder, PathLike, place_of
 from megatree.io.checkpoint.reads import plan_reads
 from megatree.io.formats.arrays import Array, grid
-from megatree.io.formats.raw import sync
 
 
 class NativeReader:

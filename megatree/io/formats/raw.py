@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatree.io.checkpoint.box import Box, extents, runs, volume, whole
+from megatree.io.checkpoint.directory import sync
 from megatree.io.formats.arrays import Array
 
 
@@ -88,12 +89,3 @@ def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
-
-
-def sync(file: Path) -> None:
-    """Wait until a file is on the disk."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatree.io.checkpoint.directory import sync
 from megatree.io.checkpoint.place import Folder
 from megatree.io.formats import archive
 from megatree.io.formats.arrays import Array
@@ -14,7 +15,6 @@ from megatree.io.formats.dcp import DcpReader, DcpWriter
 from megatree.io.formats.hf import read_json, write_json
 from megatree.io.formats.megatron import TRACKER, iteration_folder
 from megatree.io.formats.names import checked_file
-from megatree.io.formats.raw import sync
 
 _COMMON_KEY = "common_state/shard_0_1"
 _LAYERS = "decoder.layers"
