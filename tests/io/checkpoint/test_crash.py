@@ -2,10 +2,7 @@
 
 import os
 import random
-import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,64 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatree.io import world
 from megatree.io.checkpoint import Piece, latest, load, load_extra, save, step_name
 from megatree.io.checkpoint.directory import staged
 from megatree.io.checkpoint.place import Folder, place_of
 from megatree.io.world import World
+from tests.io.checkpoint.forked import Server, serving
 
 ONE = World.single()
 NUM_KILLS = 20
 
 
-class Server:
-    """The other end of crash_server.py."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
-        self.pending = b""
-
-    def start(self, directory: Path, first: int, die_at: int = 0) -> int:
-        """Fork a saver and return its process id."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{directory} {first} {die_at}\n".encode())
-        self.process.stdin.flush()
-        self.saved = first - 1
-        child = self.wait_for("pid")
-        assert child is not None
-        return int(child)
-
-    def wait_for(self, word: str, seconds: float = 60.0) -> str | None:
-        """Take lines until one starts with `word`; return its value, None when time is over."""
-        end = time.monotonic() + seconds
-        while True:
-            while b"\n" in self.pending:
-                line, self.pending = self.pending.split(b"\n", 1)
-                key, value = line.decode().split()
-                if key == "saved":
-                    self.saved = int(value)
-                if key == word:
-                    return value
-            output = self.process.stdout
-            assert output is not None
-            if not select.select([output], [], [], max(0.0, end - time.monotonic()))[0]:
-                return None
-            read = os.read(output.fileno(), 4096)
-            assert read, "the server died"
-            self.pending += read
+def start(server: Server, directory: Path, first: int, die_at: int = 0) -> int:
+    """Fork a saver and return its process id."""
+    return int(server.ask(f"{directory} {first} {die_at}", first, "pid"))
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    root = Path(world.__file__).parents[2]
-    with subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("crash_server.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    ) as process:
-        yield Server(process)
-        process.kill()
+    with serving("crash_server.py") as started:
+        yield started
 
 
 def assert_latest_is_whole(directory: Path, at_least: int) -> int:
@@ -100,7 +58,7 @@ def test_killed_at_random_moments_the_last_checkpoint_loads(server, tmp_path):
     """SIGKILL from outside, at moments drawn over the length of a save, however long it takes."""
     draw, directory, step, interrupted, seconds = random.Random(0), tmp_path / "run", 0, 0, 0.02
     for _ in range(NUM_KILLS):
-        child = server.start(directory, step + 1)
+        child = start(server, directory, step + 1)
         for _ in range(draw.randint(0, 2)):
             begun = time.monotonic()
             assert server.wait_for("saved")
@@ -121,7 +79,7 @@ def test_killed_before_each_call_to_the_disk_the_last_checkpoint_loads(server, t
     outcomes = []
     for die_at in range(1, 200):
         directory = tmp_path / str(die_at)
-        server.start(directory, 1, die_at)
+        start(server, directory, 1, die_at)
         assert server.wait_for("ended") == str(int(signal.SIGKILL))
         step = assert_latest_is_whole(directory, at_least=server.saved)
         outcomes.append((server.saved, step))

@@ -2,10 +2,7 @@
 
 import os
 import random
-import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,61 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatree.io import world
 from megatree.io.checkpoint import Piece, latest, load, load_extra, save, step_name
 from megatree.io.world import World
+from tests.io.checkpoint.forked import Server, serving
 
 ONE = World.single()
 SIZE = 3
 VICTIMS = {"rank 0": [0], "rank 2": [2], "all ranks": [0, 1, 2]}
 
 
-class Server:
-    """The other end of rank_server.py."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process, self.pending, self.saved = process, b"", 0
-
-    def start(self, directory: Path, first: int, host_bytes: int) -> list[int]:
-        """Fork the ranks and return their process ids."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{directory} {first} {SIZE} {host_bytes}\n".encode())
-        self.process.stdin.flush()
-        pids = self.wait_for("pids")
-        assert pids is not None
-        return [int(pid) for pid in pids.split(",")]
-
-    def wait_for(self, word: str, seconds: float = 60.0) -> str | None:
-        """Take lines until one starts with `word`; return its value, None when time is over."""
-        end = time.monotonic() + seconds
-        while True:
-            while b"\n" in self.pending:
-                line, self.pending = self.pending.split(b"\n", 1)
-                key, value = line.decode().split()
-                if key == "saved":
-                    self.saved = int(value)
-                if key == word:
-                    return value
-            output = self.process.stdout
-            assert output is not None
-            if not select.select([output], [], [], max(0.0, end - time.monotonic()))[0]:
-                return None
-            read = os.read(output.fileno(), 4096)
-            assert read, "the server died"
-            self.pending += read
+def start(server: Server, directory: Path, first: int, host_bytes: int) -> list[int]:
+    """Fork the ranks and return their process ids."""
+    told = server.ask(f"{directory} {first} {SIZE} {host_bytes}", first, "pids")
+    return [int(pid) for pid in told.split(",")]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    root = Path(world.__file__).parents[2]
-    with subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    ) as process:
-        yield Server(process)
-        process.kill()
+    with serving("rank_server.py") as started:
+        yield started
 
 
 def assert_latest_is_whole(directory: Path, at_least: int) -> int:
@@ -90,7 +51,7 @@ def kill_rounds(
 ) -> None:
     draw, step, interrupted, seconds = random.Random(0), 0, 0, 0.05
     for _ in range(rounds):
-        pids = server.start(directory, step + 1, host_bytes)
+        pids = start(server, directory, step + 1, host_bytes)
         for _ in range(1 + draw.randint(0, 1)):
             begun = time.monotonic()
             assert server.wait_for("saved")
