@@ -1,25 +1,29 @@
 """How fast a state goes to a disk and comes back, against plain files, torch DCP and Orbax.
 
-Two processes hold the rows of every array, half each; "other layout" reads them cut by columns.
+Processes hold the rows of every array, as many each; "other layout" reads them cut by columns.
 Programs take turns, in another order each round; every file is fsynced (all four do it by
 themselves) and dropped from the page cache before it is read. Plain files are 4 MiB calls of
-`pwrite` and `preadv` from and into memory that is there, without checksums; `plain + crc` makes
-zlib's CRC-32 of every block, one after the other. DCP has no checksums; Orbax (tensorstore) has
-CRC-32C, holds all arrays in one process, and makes the memory that it reads into.
+`pwrite` and `preadv` from and into memory that is there: `plain + crc`, our equal, makes the same
+CRC-32 of every block as we do (zlib's, or `isal`'s where that is installed), and `plain` none. DCP
+makes the CRC-32 of its archives when it writes; Orbax (tensorstore) has CRC-32C, holds all arrays
+in one process, and makes the memory that it reads into.
 
-`stall` is what an asynchronous save of ours takes from its caller, first and once its host memory
-is there, over what the same save takes when it is waited for. `host memory` is how much more than
-before a rank has at most while it saves from transposed tensors and loads another layout.
+`stall` is taken from a training loop of a decoder (AdamW, float32) that saves behind its steps:
+`held up` are the seconds in `save` and those for which the next update waits for the copy, `lost`
+is what the steps until the checkpoint is there take more than steps without one, both over what
+the same save takes when it is waited for. Where every core computes, `lost` is the processor time
+of the save; `--ranks 1` leaves a core idle. `host memory` is how much more than before a rank has
+at most while it saves from transposed tensors and loads another layout.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,11 +31,19 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.cpu_step import batch_of
 from megatree.io.checkpoint import Piece, Saver, load, save
+from megatree.io.checkpoint.checksum import crc32
 from megatree.io.world import World
+from megatree.models.gpt import GPTConfig, gpt
+from megatree.parallel.layout import Layout, Rules
+from megatree.parallel.mesh import Mesh
+from megatree.runtime import pieces
+from megatree.runtime.collectives import ProcessComm
+from megatree.runtime.optimizers import adamw
 from megatree.runtime.processes import background_world, current_world, launch
+from megatree.runtime.step import train_step
 
-RANKS = 2
 CALL = 4 << 20  # bytes of a call
 COLUMNS = 2048
 
@@ -55,13 +67,16 @@ class State:
 
     def __init__(self, world: World, num_bytes: int, arrays: int) -> None:
         self.world, self.names = world, [f"layer.{n}" for n in range(arrays)]
-        rows = num_bytes // arrays // COLUMNS // 4 // (8 * RANKS) * (8 * RANKS)
+        cut = 8 * world.size
+        rows = num_bytes // arrays // COLUMNS // 4 // cut * cut
         self.shape = (rows, COLUMNS)
         draw = torch.Generator().manual_seed(world.rank)
-        local = (rows // RANKS, COLUMNS)
+        local = (rows // world.size, COLUMNS)
         self.rows = {name: torch.rand(local, generator=draw) for name in self.names}
-        self.into = {name: torch.empty(local) for name in self.names}
-        self.columns = {name: torch.empty(rows, COLUMNS // RANKS) for name in self.names}
+        # zeroed, so that no program is the one that first touches a page
+        columns = (rows, COLUMNS // world.size)
+        self.into = {name: torch.empty(local).zero_() for name in self.names}
+        self.columns = {name: torch.empty(columns).zero_() for name in self.names}
 
     @property
     def nbytes(self) -> int:
@@ -70,10 +85,10 @@ class State:
 
     def pieces(self, data: dict[str, Tensor], *, columns: bool = False) -> list[Piece]:
         """Return this rank's part as pieces over some memory."""
-        (rows, width), rank = self.shape, self.world.rank
-        box = ((rank * rows // RANKS, (rank + 1) * rows // RANKS), (0, width))
+        (rows, width), rank, size = self.shape, self.world.rank, self.world.size
+        box = ((rank * rows // size, (rank + 1) * rows // size), (0, width))
         if columns:
-            box = ((0, rows), (rank * width // RANKS, (rank + 1) * width // RANKS))
+            box = ((0, rows), (rank * width // size, (rank + 1) * width // size))
         return [
             Piece(path=name, shape=self.shape, dtype=torch.float32, axes="ffn embed", box=box,
                   data=x)
@@ -111,7 +126,7 @@ class Plain:
         for x in self.state.rows.values():
             for block in blocks(x):
                 if self.crc:
-                    zlib.crc32(block)
+                    crc32(block)
                 at += os.pwrite(file, block, at)
         os.fsync(file)
         os.close(file)
@@ -126,7 +141,7 @@ class Plain:
             for block in blocks(x):
                 at += os.preadv(file, [block], at)
                 if self.crc:
-                    zlib.crc32(block)
+                    crc32(block)
         os.close(file)
 
 
@@ -143,7 +158,7 @@ class DCP:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import DTensor, Shard
 
-        mesh = init_device_mesh("cpu", (RANKS,))
+        mesh = init_device_mesh("cpu", (state.world.size,))
         self.name = "torch DCP"
 
         def tree(data: dict[str, Tensor], dim: int) -> dict[str, Any]:
@@ -166,7 +181,7 @@ class DCP:
 
 
 class Orbax:
-    """orbax.checkpoint.StandardCheckpointer of JAX arrays over two devices of one process."""
+    """orbax.checkpoint.StandardCheckpointer of JAX arrays over devices of one process."""
 
     def __init__(self, state: State) -> None:
         self.name, self.state = "orbax", state
@@ -175,7 +190,7 @@ class Orbax:
             import numpy as np
             from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-            mesh = Mesh(np.array(jax.devices()[:RANKS]), ("x",))
+            mesh = Mesh(np.array(jax.devices()[: state.world.size]), ("x",))
             self.cut = {
                 other: NamedSharding(mesh, PartitionSpec(*spec))
                 for other, spec in {False: ("x", None), True: (None, "x")}.items()
@@ -248,7 +263,8 @@ def rounds(
                 seconds.setdefault((name, what), []).append(timed(world, fn))
 
             note("save", lambda p=program, at=path: p.save(at))
-            for what, other in (("load", False), ("load, other layout", True)):
+            layouts = {"load": False, "load, other layout": True}
+            for what, other in layouts.items():
                 forget(world, path)
                 try:
                     note(what, lambda p=program, at=path, o=other: p.load(at, other=o))
@@ -261,27 +277,53 @@ def rounds(
     return seconds
 
 
-def stalls(state: State, folder: str, count: int, behind: World) -> dict[str, float]:
-    """Return the stall of asynchronous saves and what they took, in seconds."""
-    world, waited, stalled = state.world, [], []
-    saver = Saver(behind, host_bytes=state.nbytes // RANKS + (64 << 20))
-    for number in range(count + 1):
-        path = f"{folder}/stall-{number}"
-        waited.append(timed(world, lambda at=path: Ours(state).save(at)).wall)
-        remove(world, path)
-        pieces = state.pieces(state.rows)
+def stalls(
+    device: torch.device, world: World, behind: World, folder: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what a training loop loses by saves behind it, each round, in seconds."""
+    layout = Layout(Mesh(dp=world.size), Rules(batch="dp"))
+    # 12.6 M parameters a layer, 12 bytes of state for each
+    layers = max(1, round(options.train_gib * (1 << 30) / 12 / 12.6e6))
+    cfg = GPTConfig(
+        vocab_size=512, seq_length=64, num_layers=layers, embed=1024, kv_heads=8, head_dim=128,
+        ffn=2731,
+    )  # fmt: skip
+    comm = ProcessComm(layout.mesh, device)
+    step = train_step(gpt(cfg, batch_size=world.size), layout, adamw(1e-3), comm=comm)
+    batch = [step.local(batch_of(cfg, world.size))]
+    states = [step.init()]
 
-        def go(at: str = path, held: list[Piece] = pieces, step: int = number) -> None:
-            saver.save(at, held, step=step)
+    def steps(count: int) -> None:
+        for _ in range(count):
+            states[0], metrics = step(states[0], batch)
+            metrics.loss.item()
 
-        stalled.append(timed(world, go).wall)
-        saver.wait()
+    def saved(saver: Saver) -> None:
+        pieces.save(path, step, states[0], world, saver=saver)
+
+    nbytes = sum(x.numel() for x in states[0].params.values()) * 12
+    waits, saves = Saver(world), Saver(behind, host_bytes=nbytes + (64 << 20))
+    path, found = f"{folder}/stall", {"save": [], "step": [], "held up": [], "lost": []}
+    steps(1)
+    for _ in range(options.rounds + 1):
+        found["save"].append(timed(world, lambda: saved(waits)).wall)
         remove(world, path)
-    return {
-        "waited for": statistics.median(waited),
-        "first": stalled[0],
-        "then": statistics.median(stalled[1:]),
-    }
+        found["step"].append(timed(world, lambda: steps(2)).wall / 2)
+        alone = statistics.median(found["step"])
+        count = world.broadcast(2 + math.ceil(2 * found["save"][-1] / alone))
+        without = timed(world, lambda n=count: steps(n)).wall
+
+        def go(count: int = count) -> None:
+            saved(saves)
+            steps(count)
+
+        taken = timed(world, go).wall
+        saves.wait()
+        held = max(world.gather(saves.poll()[-1].stall_s))
+        remove(world, path)
+        found["held up"].append(held)
+        found["lost"].append(taken - without)
+    return {"state": nbytes, **found}
 
 
 def remove(world: World, path: str) -> None:
@@ -307,8 +349,6 @@ def host_memory(state: State, folder: str) -> dict[str, int]:
         "load, other layout": lambda: Ours(state).load(path, other=True),
         "save behind, 64 MiB": behind,
     }
-    for x in state.columns.values():
-        x.zero_()  # so that its pages are there
     for name, act in actions.items():
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak
@@ -340,7 +380,7 @@ def rank_main(device: torch.device, folder: str, options: argparse.Namespace) ->
     return {
         "bytes": state.nbytes,
         "seconds": rounds(state, programs, folder, options.rounds),
-        "stall": stalls(state, folder, options.rounds, behind),
+        "stall": stalls(device, world, behind, folder, options),
         "memory": host_memory(state, folder),
     }
 
@@ -363,9 +403,12 @@ def show(where: str, found: dict[str, Any]) -> None:
                 f"{max(rates):.2f}), {cpu:.2f}; ours is {faster:.2f} and {lighter:.2f} times that"
             )
     stall = found["stall"]
+    waited, alone = (statistics.median(stall[what]) for what in ("save", "step"))
+    held, lost = (statistics.median(stall[what][1:]) / waited for what in ("held up", "lost"))
     print(
-        f"  stall of a save behind: {stall['then'] / stall['waited for']:.1%} of one that is "
-        f"waited for ({stall['waited for']:.2f} s); the first {stall['first']:.2f} s"
+        f"  a save of {stall['state'] / 1e9:.2f} GB behind steps of {alone:.2f} s holds them up "
+        f"for {held:.1%} of one that is waited for ({waited:.2f} s), the first for "
+        f"{stall['held up'][0] / waited:.1%}; the steps lose {lost:.1%}"
     )
     for name, grown in found["memory"].items():
         print(f"  host memory, {name}: {grown / (1 << 20):.0f} MiB")
@@ -378,14 +421,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=4.0, help="size of the state")
     parser.add_argument("--arrays", type=int, default=32, help="arrays that it is made of")
+    parser.add_argument("--train-gib", type=float, default=1.0, help="state of the training loop")
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", nargs="*", default=["/dev/shm", tempfile.gettempdir()])
     options = parser.parse_args(argv)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={RANKS}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.ranks}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     for where in options.dir:
         with tempfile.TemporaryDirectory(dir=where) as folder:
-            show(where, launch(rank_main, RANKS, folder, options, threads=1))
+            show(where, launch(rank_main, options.ranks, folder, options, threads=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Reading planned chunks into the targets, every block verified against its checksum."""
 
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -8,6 +7,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from megatree.io.checkpoint.box import Box, runs, volume
+from megatree.io.checkpoint.checksum import crc32
 from megatree.io.checkpoint.manifest import Manifest
 from megatree.io.checkpoint.memory import Scratch, memory, scatter_bytes
 from megatree.io.checkpoint.piece import Piece
@@ -125,7 +125,7 @@ def _fetch_block(
         nbytes = source(view, read.chunk.offset + start)
     except OSError as error:
         return Fetched(0, [f"{where} cannot be read ({error.strerror or error})"])
-    found = zlib.crc32(view)
+    found = crc32(view)
     if nbytes < stop - start or found != checksum:
         wrong = f"{where} have checksum {found:#010x}, the manifest says {checksum:#010x}"
         return Fetched(nbytes, [wrong])

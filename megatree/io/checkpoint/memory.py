@@ -4,6 +4,7 @@ import sys
 from collections import deque
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,8 +49,12 @@ def copy_bytes(data: Tensor, box: Box, start: int, stop: int, buffer: Tensor) ->
     if those are pinned.
     """
     goes_on = data.device.type != "cpu" and buffer.is_pinned()
+    size = data.dtype.itemsize
+    if (view := memory(data)) is not None:
+        # one thread, whatever torch uses: it may run beside a training step
+        np.copyto(buffer.numpy(), np.frombuffer(view[start * size : stop * size], np.uint8))
+        return
     if data.is_contiguous() and not data.is_conj() and not data.is_neg():
-        size = data.dtype.itemsize
         raw = data.detach().reshape(-1).view(torch.uint8)
         buffer.copy_(raw[start * size : stop * size], non_blocking=goes_on)
         return

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import PosixPath
@@ -12,7 +13,8 @@ from megatree.io.optional import optional
 PathLike: TypeAlias = str | os.PathLike[str]
 
 Write: TypeAlias = Callable[[memoryview, int], None]
-"""Writes bytes at an offset of a new file; offsets grow, and gaps between them are zeros."""
+"""Writes bytes at an offset of a new file, in any thread; gaps between offsets are zeros. Where a
+place `appends`, the offsets grow."""
 
 Read: TypeAlias = Callable[[memoryview, int], int]
 """Fills memory from an offset of a file; returns the bytes read, fewer only where it ends."""
@@ -43,6 +45,8 @@ def place_of(path: PathLike) -> "Folder | Remote":
 
 class Folder(PosixPath):
     """A directory of this machine, or of a file system mounted on it."""
+
+    appends = False
 
     def names(self) -> list[str]:
         """Return what is in it, nothing if there is no such directory."""
@@ -100,9 +104,13 @@ class Folder(PosixPath):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         descriptor = os.open(self / file, flags, 0o666)
 
+        # The kernel lets one thread at a time write to a file; others would spin, not sleep.
+        turn = threading.Lock()
+
         def write(block: memoryview, at: int) -> None:
             while block:
-                written = os.pwrite(descriptor, block, at)
+                with turn:
+                    written = os.pwrite(descriptor, block, at)
                 block, at = block[written:], at + written
 
         try:
@@ -138,6 +146,8 @@ class Remote:
         path: of the directory in it.
         url: of the directory.
     """
+
+    appends = True
 
     def __init__(self, fs: Any, path: str, url: str) -> None:
         self.fs, self.path, self.url = fs, path.rstrip("/"), url.rstrip("/")

@@ -21,8 +21,23 @@ from megatree.io.checkpoint.manifest import (
 )
 from megatree.io.checkpoint.piece import Leaf, Piece
 from megatree.io.checkpoint.place import PathLike, Place, place_of
-from megatree.io.checkpoint.write import Source, straight_from, write_chunks
+from megatree.io.checkpoint.write import NUM_THREADS, Source, straight_from, write_chunks
 from megatree.io.world import World
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sharing:
+    """Who writes what: the same as long as no rank holds other boxes.
+
+    Args:
+        held: the parts that this rank has.
+        share: those that it writes.
+        declared: the leaves of all ranks.
+    """
+
+    held: list[Part]
+    share: list[Part]
+    declared: frozenset[Leaf]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,18 +47,21 @@ class SavePlan:
     Args:
         final: the directory to make.
         held: this rank's pieces.
-        share: the parts of them that it writes.
-        declared: the leaves of all ranks.
+        sharing: the parts of them that it writes.
         extra: training state beside the arrays.
         block_bytes: bytes under one checksum.
     """
 
     final: Place
     held: list[Piece]
-    share: list[Part]
-    declared: frozenset[Leaf]
+    sharing: Sharing
     extra: Mapping[str, Any]
     block_bytes: int
+
+    @property
+    def share(self) -> list[Part]:
+        """The parts that this rank writes."""
+        return self.sharing.share
 
 
 def save(
@@ -85,30 +103,48 @@ def plan_save(
     world: World,
     extra: Mapping[str, Any] | None = None,
     block_bytes: int = BLOCK_BYTES,
+    before: Sharing | None = None,
 ) -> SavePlan:
-    """Compare what the ranks hold and share the work; see `save`."""
+    """Compare what the ranks hold and share the work; see `save`.
+
+    Args:
+        path, pieces, world, extra, block_bytes: as for `save`.
+        before: the sharing of a save of the same world and `block_bytes`. Where every rank holds
+            what it held then, it is taken again: to share the boxes of many ranks takes seconds.
+    """
     final, state = place_of(path), dict(extra or {})
     held, prints = world.agree(lambda: _checked(pieces, state, block_bytes))
-    told = world.gather(([(piece.leaf, piece.box) for piece in held], prints))
+    parts = [(piece.leaf, piece.box) for piece in held]
+    told = world.gather((before is not None and before.held == parts, prints))
     _refuse_differing([prints for _, prints in told], final)
-    shares = assign([parts for parts, _ in told], str(final), block_bytes=block_bytes)
+    sharing = before if all(same for same, _ in told) else None
     return SavePlan(
         final=final,
         held=held,
-        share=shares[world.rank],
-        declared=frozenset(leaf for parts, _ in told for leaf, _ in parts),
+        sharing=sharing or _shared(parts, final, world, block_bytes),
         extra=state,
         block_bytes=block_bytes,
     )
 
 
-def carry_out(plan: SavePlan, source: Source, world: World) -> None:
+def _shared(parts: list[Part], final: Place, world: World, block_bytes: int) -> Sharing:
+    told = world.gather(parts)
+    shares = assign(told, str(final), block_bytes=block_bytes)
+    declared = frozenset(leaf for parts_of_rank in told for leaf, _ in parts_of_rank)
+    return Sharing(held=parts, share=shares[world.rank], declared=declared)
+
+
+def carry_out(
+    plan: SavePlan, source: Source, world: World, *, num_threads: int = NUM_THREADS
+) -> None:
     """Write this rank's share as a source gives it, and commit when all ranks have; see `save`."""
     file = rank_file(world.rank)
     with staged(plan.final, world) as staging:
-        chunks = world.agree(lambda: write_chunks(staging, file, plan.share, source))
+        chunks = world.agree(
+            lambda: write_chunks(staging, file, plan.share, source, num_threads=num_threads)
+        )
         written = [chunk for chunks_of_rank in world.gather(chunks) for chunk in chunks_of_rank]
-        manifest = _manifest(plan.declared, written, plan.block_bytes, plan.extra)
+        manifest = _manifest(plan.sharing.declared, written, plan.block_bytes, plan.extra)
         world.on_first(lambda: staging.put(MANIFEST_FILE, encode(manifest)))
 
 

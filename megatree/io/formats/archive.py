@@ -7,6 +7,7 @@ Megatron, numpy and argparse stand for inert records, and any other is refused.
 import io
 import os
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,6 +61,81 @@ def load(source: Path | bytes, place: str) -> Any:
             except Exception as error:
                 first = str(error).strip().partition("\n")[0]
                 raise ValueError(f"{place}: cannot be loaded ({first}). {_FIX}") from None
+
+
+class _Window(io.RawIOBase):
+    """A range of a file as a file of its own."""
+
+    def __init__(self, stream: io.BufferedReader, offset: int, length: int) -> None:
+        self._stream, self._offset, self._length, self._at = stream, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = origin + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._stream.seek(self._offset + self._at)
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        count = self._stream.readinto(view)
+        self._at += count
+        return count
+
+
+def locate(file: Path, offset: int, length: int, place: str) -> Region | None:
+    """Find the tensor in an archive that is a range of a file; its elements are not read.
+
+    Args:
+        file: has the archive.
+        offset, length: where.
+        place: for errors.
+
+    Returns:
+        Where its elements are, or None if they are not in one row-major piece.
+
+    Raises:
+        ValueError: it is no archive of a tensor, or lies about its size.
+    """
+    with open(file, "rb") as whole:
+        stream = io.BufferedReader(_Window(whole, offset, length))
+        _check_archive(stream, place)
+        stream.seek(0)
+        if _globals(stream, place):
+            raise ValueError(f"{place}: holds more than a tensor. {_FIX}")
+        stream.seek(0)
+        entries = _entries(stream)
+        stream.seek(0)
+        try:
+            with FakeTensorMode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of typed storages, which torch makes itself
+                tensor = torch.load(stream, weights_only=True, map_location="cpu")  # pyrefly: ignore
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{place}: cannot be loaded ({first}). {_FIX}") from None
+        if not isinstance(tensor, Tensor) or tensor.is_sparse:
+            raise ValueError(f"{place}: holds no tensor. {_FIX}")
+        if not tensor.is_contiguous():
+            return None
+        storage = tensor.untyped_storage()
+        array = Array(shape=tuple(tensor.shape), dtype=tensor.dtype)
+        first = int(storage._checkpoint_offset or 0)  # pyrefly: ignore
+        skipped = int(tensor.storage_offset()) * tensor.dtype.itemsize
+        there = entries.get(first, 0)
+        if array.nbytes and (there != storage.nbytes() or there < skipped + array.nbytes):
+            raise ValueError(
+                f"{place}: says its storage has {storage.nbytes()} bytes and {array} ends at "
+                f"{skipped + array.nbytes}, the entry has {there}. {_FIX}"
+            )
+        return Region(file=file, offset=offset + first + skipped, array=array)
 
 
 def _check_archive(stream: io.BufferedIOBase, place: str) -> None:
@@ -116,7 +192,7 @@ def read_tensor(tensor: Tensor, box: Box) -> Tensor:
     return tensor.detach()[tuple(slice(*edge) for edge in box)].clone()
 
 
-def create(file: Path, tree: Mapping[str, Any]) -> dict[str, Region]:
+def create(file: Path, tree: Mapping[Any, Any]) -> dict[str, Region]:
     """Make an archive of a tree; its `Array`s become tensors that are written afterwards.
 
     Args:
@@ -158,7 +234,18 @@ def _offsets(file: Path) -> dict[int, int]:
         for entry in archive.infolist():
             folder, _, number = entry.filename.rpartition("/")
             if folder.endswith("/data") and number.isdigit():
-                stream.seek(entry.header_offset + 26)
-                name, extra = struct.unpack("<HH", stream.read(4))
-                out[int(number)] = entry.header_offset + 30 + name + extra
+                out[int(number)] = _first_byte(stream, entry)
     return out
+
+
+def _entries(stream: io.BufferedIOBase) -> dict[int, int]:
+    """Return the first byte of each entry of an archive -> its bytes."""
+    with zipfile.ZipFile(stream) as archive:
+        entries = archive.infolist()
+    return {_first_byte(stream, entry): entry.file_size for entry in entries}
+
+
+def _first_byte(stream: io.BufferedIOBase, entry: zipfile.ZipInfo) -> int:
+    stream.seek(entry.header_offset + 26)
+    name, extra = struct.unpack("<HH", stream.read(4))
+    return entry.header_offset + 30 + name + extra

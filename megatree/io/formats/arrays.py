@@ -1,7 +1,9 @@
 """The protocol of every format: named global arrays, read and written by boxes."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from typing import Protocol, runtime_checkable
@@ -12,8 +14,10 @@ from torch import Tensor
 from megatree.io.checkpoint import Box, Piece
 from megatree.io.checkpoint.dtypes import dtype_name
 
-BOX_BYTES = 64 << 20
+BOX_BYTES = 32 << 20
 """Bytes of the boxes in which arrays are carried over: what a conversion holds, a few times."""
+AHEAD = 4
+"""Boxes that are being read, or wait to be written, at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,39 @@ def grid(array: Array, most_bytes: int = BOX_BYTES) -> Iterator[Box]:
     yield from product(*ranges)
 
 
+def read_ahead(
+    reader: Reader, places: Iterable[tuple[str, Box]], ahead: int = AHEAD
+) -> Iterator[tuple[str, Box, Tensor]]:
+    """Yield boxes of a reader in order, while the next ones are being read.
+
+    Args:
+        reader: reads from several threads at once, as all of ours do.
+        places: path and box of each.
+        ahead: boxes that are held or being read at once.
+    """
+    waiting: deque[tuple[str, Box, Future[Tensor]]] = deque()
+    pool = ThreadPoolExecutor(max_workers=ahead)
+    try:
+        for path, box in places:
+            if len(waiting) == ahead:
+                first, where, future = waiting.popleft()
+                yield first, where, future.result()
+                del future
+            waiting.append((path, box, pool.submit(reader.read, path, box)))
+        while waiting:
+            first, where, future = waiting.popleft()
+            yield first, where, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def boxes_of(reader: Reader, most_bytes: int = BOX_BYTES) -> Iterator[tuple[str, Box]]:
+    """Yield every array of a reader in the boxes in which it is carried over."""
+    for path, array in reader.arrays.items():
+        for box in grid(array, most_bytes):
+            yield path, box
+
+
 def copy(
     reader: Reader,
     writer: Writer,
@@ -99,7 +136,7 @@ def copy(
     most_bytes: int = BOX_BYTES,
     told: Callable[[str, int], None] = lambda path, nbytes: None,
 ) -> None:
-    """Carry all arrays of a reader over to a writer, a box at a time.
+    """Carry all arrays of a reader over to a writer, a few boxes at a time.
 
     Args:
         reader: has the arrays that the writer was made for.
@@ -107,11 +144,9 @@ def copy(
         most_bytes: bytes of a box.
         told: called after each box with the path and the bytes of the box.
     """
-    for path, array in reader.arrays.items():
-        for box in grid(array, most_bytes):
-            data = reader.read(path, box)
-            writer.write(path, box, data)
-            told(path, data.numel() * data.element_size())
+    for path, box, data in read_ahead(reader, boxes_of(reader, most_bytes)):
+        writer.write(path, box, data)
+        told(path, data.numel() * data.element_size())
     writer.finish()
 
 
@@ -122,6 +157,7 @@ def fill(reader: Reader, pieces: Sequence[Piece]) -> None:
     Raises:
         ValueError: an array is missing, or of another shape.
     """
+    wanted = []
     for piece in pieces:
         array = reader.arrays.get(piece.path)
         if array is None or array.shape != piece.shape:
@@ -131,4 +167,7 @@ def fill(reader: Reader, pieces: Sequence[Piece]) -> None:
                 "Build the model from the config that comes with the weights."
             )
         if all(start < stop for start, stop in piece.box):
-            piece.tensor.copy_(reader.read(piece.path, piece.box))
+            wanted.append(piece)
+    places = [(piece.path, piece.box) for piece in wanted]
+    for piece, (_, _, data) in zip(wanted, read_ahead(reader, places), strict=True):
+        piece.tensor.copy_(data)

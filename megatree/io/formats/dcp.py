@@ -11,6 +11,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from megatree.io.checkpoint.dtypes import DTYPES
 from megatree.io.formats import archive
 from megatree.io.formats.arrays import Array
 from megatree.io.formats.names import checked_file
+from megatree.io.formats.raw import Region, read_region
 from megatree.io.formats.tiles import Tile, Tiles
 
 METADATA = ".metadata"
@@ -43,7 +45,8 @@ class DcpReader:
         self.folder = folder
         self.place = str(checked_file(folder, METADATA, place=str(folder)))
         told = _read_metadata(folder / METADATA)
-        self._chunks: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+        self._regions: dict[tuple[str, int], Region] = {}
+        self._lock = Lock()
         self._files: dict[str, Path] = {}
         stored: dict[str, dict[tuple[int, ...] | None, Any]] = defaultdict(dict)
         for index, info in told.storage_data.items():
@@ -68,6 +71,10 @@ class DcpReader:
     def read(self, path: str, box: Box) -> Tensor:
         """Return the elements of a box."""
         return self._tiles.read(path, box)
+
+    def boxes(self, path: str) -> list[Box]:
+        """Return the parts in which an array is stored."""
+        return [tile.box for tile in self._tiles.tiles[path]]
 
     def blob(self, path: str) -> Any:
         """Return a value that is no tensor, classes as inert records."""
@@ -105,17 +112,21 @@ class DcpReader:
 
     def _read(self, where: tuple[Path, int, int], array: Array, box: Box) -> Tensor:
         key = str(where[0]), where[1]
-        if key not in self._chunks:
-            place = f"{where[0]} at byte {where[1]}"
-            tensor = archive.load(self._bytes(*where), place)
-            if not isinstance(tensor, Tensor) or (
-                Array(shape=tuple(tensor.shape), dtype=tensor.dtype) != array
-            ):
-                raise ValueError(f"{place}: is not {array}, as the metadata says. {_FIX}")
-            self._chunks[key] = tensor
-            while len(self._chunks) > 2:
-                self._chunks.popitem(last=False)
-        return archive.read_tensor(self._chunks[key], box)
+        with self._lock:  # torch loads one archive at a time; bytes are read beside one another
+            if key not in self._regions:
+                self._regions[key] = self._locate(*where, array)
+        return read_region(self._regions[key], box)
+
+    def _locate(self, file: Path, offset: int, length: int, array: Array) -> Region:
+        place = f"{file} at byte {offset}"
+        region = archive.locate(file, offset, length, place)
+        if region is None:
+            raise ValueError(
+                f"{place}: its elements are not in row-major order. Save contiguous tensors."
+            )
+        if region.array != array:
+            raise ValueError(f"{place}: is not {array}, as the metadata says. {_FIX}")
+        return region
 
 
 class _Record:

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatree.io.formats import archive
 from megatree.io.formats.hf import read_json
 from megatree.io.formats.names import checked_file
-from megatree.io.formats.shards import merged
+from megatree.io.formats.shards import merged, part_of
 from megatree.io.formats.tiles import Tiles
 
 _FILE = re.compile(r"consolidated\.([0-9]{2,})\.pth", re.ASCII)
@@ -28,7 +30,7 @@ def meta_reader(folder: Path, cut: Mapping[str, int], ignored: tuple[str, ...] =
         ignored: names to leave out.
 
     Raises:
-        ValueError: a rank's file is absent, or has other tensors than the first.
+        ValueError: a rank's file is absent, or has other tensors than the first, or a copy differs.
     """
     names = sorted(entry.name for entry in folder.iterdir() if _FILE.fullmatch(entry.name))
     expected = [f"consolidated.{rank:02d}.pth" for rank in range(max(1, len(names)))]
@@ -41,5 +43,7 @@ def meta_reader(folder: Path, cut: Mapping[str, int], ignored: tuple[str, ...] =
     for name in names:
         file = checked_file(folder, name, place=str(folder))
         held = archive.load(file, str(file))
-        ranks.append({key: value for key, value in held.items() if key not in ignored})
+        if not isinstance(held, dict) or not all(isinstance(x, Tensor) for x in held.values()):
+            raise ValueError(f"{file}: holds more than tensors. Take another copy.")
+        ranks.append({key: part_of(x) for key, x in held.items() if key not in ignored})
     return merged(ranks, cut, str(folder))

@@ -1,6 +1,7 @@
 """Orbax: what JAX programs save and restore, arrays in zarr through tensorstore."""
 
 import json
+from collections import deque
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from megatree.io.checkpoint.box import Box
 from megatree.io.checkpoint.dtypes import DTYPES, dtype_name
 from megatree.io.checkpoint.place import Folder
-from megatree.io.formats.arrays import BOX_BYTES, Array, box_shape
+from megatree.io.formats.arrays import AHEAD, BOX_BYTES, Array, box_shape
 from megatree.io.formats.hf import read_json
 from megatree.io.formats.names import checked_file
 from megatree.io.optional import optional
@@ -53,22 +54,20 @@ class OrbaxReader:
             if entry.is_symlink():
                 raise ValueError(f"{entry}: a symbolic link. Copy the folder with 'cp -rL'.")
         self._stores: dict[str, Any] = {}
+        opening: dict[str, Any] = {}
         self.arrays: dict[str, Array] = {}
-        for record in told.get("tree_metadata", {}).values():
-            keys = [str(key["key"]) for key in record["key_metadata"]]
-            path_of = ".".join(keys)
-            if any(key in ("", ".", "..") or "/" in key or "\0" in key for key in keys):
-                raise ValueError(f"{folder}: the key {path_of!r} leads out of it. {_FIX}")
-            kind = record["value_metadata"]["value_type"]
-            if kind in ("None", "Dict", "List", "string"):
+        for name, record in _records(told, folder).items():
+            path_of = _path_in(record, f"{folder}: {name}")
+            if path_of is None:
                 continue
-            store = _open(folder, path_of, told)
+            opening[path_of] = _open(folder, path_of, told)
+        for path_of, future in opening.items():
+            store = _opened(future, folder, path_of)
             name = store.dtype.name
             if name not in DTYPES:
                 raise ValueError(f"{folder}: {path_of} has dtype {name}. Convert it in JAX.")
             self._stores[path_of] = store
             self.arrays[path_of] = Array(shape=tuple(store.shape), dtype=DTYPES[name])
-
         total = sum(array.nbytes for array in self.arrays.values())
         stored = sum(entry.stat().st_size for entry in folder.rglob("*") if entry.is_file())
         if total > max(_ALWAYS_BYTES, _MOST_EXPANSION * stored):
@@ -77,7 +76,7 @@ class OrbaxReader:
             )
 
     def read(self, path: str, box: Box) -> Tensor:
-        """Return the elements of a box; tensorstore reads its chunks in parallel."""
+        """Return the elements of a box; tensorstore reads chunks in parallel, and boxes too."""
         store, array = self._stores[path], self.arrays[path]
         try:
             data = store[tuple(slice(*edge) for edge in box)].read().result()
@@ -87,19 +86,53 @@ class OrbaxReader:
         return _to_torch(np.asarray(data), array.dtype)
 
 
+def _records(told: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    tree = told.get("tree_metadata")
+    if not isinstance(tree, dict):
+        raise ValueError(f"{folder}: {TREE} has no tree_metadata. {_FIX}")
+    return tree
+
+
+def _path_in(record: Any, place: str) -> str | None:
+    """Return the path of an entry of the tree, or None if it is no array."""
+    record = record if isinstance(record, dict) else {}
+    keys, value = record.get("key_metadata"), record.get("value_metadata")
+    names = [key.get("key") if isinstance(key, dict) else None for key in _list(keys)]
+    kind = value.get("value_type") if isinstance(value, dict) else None
+    if not names or not isinstance(kind, str) or not all(isinstance(x, (str, int)) for x in names):
+        raise ValueError(f"{place}: no entry with key_metadata and value_metadata. {_FIX}")
+    texts = [str(name) for name in names]
+    _check_keys(texts, place)
+    return None if kind in ("None", "Dict", "List", "string") else ".".join(texts)
+
+
+def _check_keys(keys: list[str], place: str) -> None:
+    """Refuse keys that would be a way out where they become the names of folders."""
+    if any(key in ("", ".", "..") or "/" in key or "\0" in key for key in keys):
+        raise ValueError(f"{place}: the key {'.'.join(keys)!r} leads out of it. {_FIX}")
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _open(folder: Path, path: str, told: Mapping[str, Any]) -> Any:
     ts = _tensorstore()
     ocdbt, zarr3 = told.get("use_ocdbt", True), told.get("use_zarr3", False)
     spec = _spec(folder, path, ocdbt=ocdbt, zarr3=zarr3)
     if told.get("store_array_data_equal_to_fill_value"):
         spec["fill_missing_data_reads"] = False  # zeros are stored: what is absent is damage
+    return ts.open(spec, open=True, read=True)
+
+
+def _opened(future: Any, folder: Path, path: str) -> Any:
     try:
-        return ts.open(spec, open=True, read=True).result()
+        return future.result()
     except ValueError as error:
         first = str(error).partition("\n")[0][:200]
         raise ValueError(
             f"{folder}: {path} is listed, and cannot be opened ({first}). {_FIX}"
-        ) from (None)
+        ) from None
 
 
 def _spec(folder: Path, path: str, *, ocdbt: bool, zarr3: bool) -> dict[str, Any]:
@@ -125,6 +158,8 @@ class OrbaxWriter:
     ) -> None:
         ts = _tensorstore()
         self.folder, self.arrays = folder, arrays
+        for path in arrays:
+            _check_keys(path.split("."), str(folder))
         self._stores = {}
         opened = {}
         for path, array in arrays.items():
@@ -138,15 +173,20 @@ class OrbaxWriter:
             }
             opened[path] = ts.open(spec, create=True, open=True, read=True, write=True)
         self._stores = {path: future.result() for path, future in opened.items()}
+        self._pending: deque[Any] = deque()
 
     def write(self, path: str, box: Box, data: Tensor) -> None:
-        """Write the elements of a box of the grid."""
+        """Write the elements of a box of the grid, while those before are being written."""
         store = self._stores[path]
         values = _to_numpy(data, store.dtype.numpy_dtype)
-        store[tuple(slice(*edge) for edge in box)].write(values).result()
+        if len(self._pending) == AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(store[tuple(slice(*edge) for edge in box)].write(values))
 
     def finish(self) -> None:
-        """Write the tree."""
+        """Wait for what is being written, then write the tree."""
+        while self._pending:
+            self._pending.popleft().result()
         tree = {
             str(tuple(path.split("."))): {
                 "key_metadata": [{"key": k, "key_type": _DICT_KEY} for k in path.split(".")],

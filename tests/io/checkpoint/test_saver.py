@@ -1,6 +1,7 @@
 """Saving while training goes on: what is saved is what was, memory is bounded, errors come up."""
 
 import errno
+import importlib
 import os
 import threading
 from pathlib import Path
@@ -13,13 +14,16 @@ from megatree.io.checkpoint import (
     Piece,
     Retention,
     Saver,
+    assign,
     latest,
     load,
     load_extra,
     save,
+    snapshot,
     step_name,
     steps_in,
 )
+from megatree.io.checkpoint.memory import copy_bytes
 from megatree.io.checkpoint.ring import Closed, Ring
 from megatree.io.world import World
 from tests.thread_worlds import threaded_worlds
@@ -241,6 +245,46 @@ def test_replicas_copy_only_their_share(tmp_path: Path) -> None:
     assert sorted(p.stat().st_size for p in (tmp_path / step_name(1)).glob("*.bin")) == copied
 
 
+def test_boxes_are_shared_again_only_when_some_rank_holds_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To share them takes seconds where ranks are many; an old sharing would lose what is new."""
+    shared = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        shared.append(threading.get_ident())
+        return assign.assign(*args, **kwargs)
+
+    monkeypatch.setattr(importlib.import_module("megatree.io.checkpoint.save"), "assign", counted)
+
+    def rows(rank: int, cut: int, value: float) -> Piece:
+        start, stop = ((0, cut), (cut, 8))[rank]
+        return Piece(
+            path="w",
+            shape=(8, 4),
+            dtype=torch.float32,
+            axes="ffn embed",
+            box=((start, stop), (0, 4)),
+            data=torch.full((stop - start, 4), value),
+        )
+
+    def go(world: World) -> None:
+        with Saver(world, host_bytes=1 << 20, block_bytes=BLOCK) as saver:
+            for step, cut in enumerate((4, 4, 4, 6, 6)):
+                held = [rows(world.rank, cut, float(step))]
+                if step == 2 and world.rank == 1:
+                    held.append(Piece.whole("new", torch.full((3,), 2.0), "ffn"))
+                saver.save(tmp_path / step_name(step), held, step=step)
+
+    in_threads(2, go)
+    assert len(shared) == 2 * 3, "at first, with a new leaf, with other boxes"
+    for step in range(5):
+        targets = [Piece.whole("w", torch.zeros(8, 4), "ffn embed")]
+        targets += [Piece.whole("new", torch.zeros(3), "ffn")] if step == 2 else []
+        for piece in load(tmp_path / step_name(step), targets, world=ONE).pieces:
+            assert bool((piece.tensor == step).all())
+
+
 def test_a_run_that_fails_leaves_the_save_under_way_whole(tmp_path: Path, gate: Gate) -> None:
     def fails() -> None:
         with Saver(ONE, host_bytes=1 << 20, block_bytes=BLOCK) as saver:
@@ -258,29 +302,133 @@ def test_memory_that_holds_no_block_is_refused() -> None:
         Saver(ONE, host_bytes=100, block_bytes=BLOCK)
 
 
+# -- a copy beside the training -----------------------------------------------------------------
+
+
+class SlowCopy:
+    """Holds copies up until it is open."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.waiting = threading.Event(), threading.Event()
+
+        def gated(*args: Any) -> None:
+            self.waiting.set()
+            assert self.open.wait(30)
+            copy_bytes(*args)
+
+        monkeypatch.setattr(snapshot, "copy_bytes", gated)
+
+
+@pytest.fixture
+def slow_copy(monkeypatch: pytest.MonkeyPatch) -> SlowCopy:
+    return SlowCopy(monkeypatch)
+
+
+def test_what_begins_is_copied_until_it_is_settled(tmp_path: Path, slow_copy: SlowCopy) -> None:
+    """A step may read what is copied, and waits before it writes; that wait is the stall."""
+    held, settled = pieces(1.0), threading.Event()
+    saver = Saver(ONE, host_bytes=1 << 20, block_bytes=BLOCK)
+    settle = saver.begin(tmp_path / step_name(1), held, step=1)
+    assert slow_copy.waiting.wait(30)
+
+    def main() -> None:
+        settle()
+        for piece in held:
+            piece.tensor.fill_(7.0)
+        settled.set()
+
+    thread = threading.Thread(target=main)
+    thread.start()
+    assert not settled.wait(0.1)
+    slow_copy.open.set()
+    thread.join(30)
+    saver.wait()
+    (done,) = saver.poll()
+    assert 0.1 <= done.stall_s <= done.total_s
+    assert values(tmp_path / step_name(1)) == {1.0}
+
+
+def test_who_waits_for_a_save_has_settled_it(tmp_path: Path) -> None:
+    saver = Saver(ONE, host_bytes=1 << 20, block_bytes=BLOCK)
+    settle = saver.begin(tmp_path / step_name(1), pieces(1.0), step=1)
+    saver.wait()
+    settle()
+    saver.begin(tmp_path / step_name(2), pieces(2.0), step=2)
+    saver.begin(tmp_path / step_name(3), pieces(3.0), step=3)()
+    saver.wait()
+    assert [saved.step for saved in saver.poll()] == [1, 2, 3]
+    assert values(tmp_path / step_name(2)) == {2.0}
+
+
+def test_a_copy_that_fails_is_a_failed_save_and_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise MemoryError("no memory")
+
+    saver = Saver(ONE, host_bytes=1 << 20, block_bytes=BLOCK)
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "copy_bytes", fails)
+        saver.save(tmp_path / step_name(1), pieces(1.0), step=1)
+        with pytest.raises(ValueError, match="the copy for this checkpoint failed: no memory"):
+            saver.wait()
+    assert list(tmp_path.iterdir()) == []
+    saver.save(tmp_path / step_name(2), pieces(2.0), step=2)
+    saver.wait()
+    assert values(tmp_path / step_name(2)) == {2.0}
+
+
+@pytest.mark.gpu
+def test_a_device_that_goes_on_is_copied_in_the_order_of_its_work(tmp_path: Path) -> None:
+    """What was asked of it before shows, what is asked after does not, freed memory included."""
+    with Saver(ONE, host_bytes=64 << 20) as saver:
+        for step in range(1, 5):
+            held = [torch.zeros(1 << 20, device="cuda") for _ in range(8)]
+            torch.cuda._sleep(50_000_000)
+            for x in held:
+                x.fill_(float(step))
+            named = [Piece.whole(f"x{k}", x, "a") for k, x in enumerate(held)]
+            settle = saver.begin(tmp_path / step_name(step), named, step=step)
+            del named
+            settle()
+            for x in held:
+                x.fill_(7.0)
+            held.clear()
+            again = [torch.full((1 << 20,), 9.0, device="cuda") for _ in range(8)]
+            del again, x
+    for step in range(1, 5):
+        targets = [Piece.whole(f"x{k}", torch.zeros(1 << 20), "a") for k in range(8)]
+        for piece in load(tmp_path / step_name(step), targets, world=ONE).pieces:
+            assert bool((piece.tensor == step).all())
+
+
 # -- the ring --------------------------------------------------------------------------------------
 
 
 def test_a_ring_hands_out_bytes_that_nobody_else_has() -> None:
-    """Drawn sizes, against a record of what is in use."""
+    """Drawn sizes, given back in a drawn order, against a record of what is in use."""
     draw = torch.Generator().manual_seed(0)
     ring, used = Ring(1000), []
     assert ring.nbytes == 1024
     start = ring.buffer.data_ptr()
+
+    def give_one_back() -> None:
+        index = int(torch.randint(len(used), (), generator=draw))
+        ring.give_back(used.pop(index))
+
     for _ in range(2000):
         size = int(torch.randint(1, 700, (), generator=draw))
         while not ring.fits(size):
-            used.pop(0)
-            ring.give_back()
+            give_one_back()
         got = ring.take(size)
         first = got.data_ptr() - start
         assert first % 64 == 0
-        assert all(first + size <= a or b <= first for a, b in used)
-        used.append((first, first + size))
+        places = [(x.data_ptr() - start, x.data_ptr() - start + x.numel()) for x in used]
+        assert all(first + size <= a or b <= first for a, b in places)
+        used.append(got)
     assert ring.most <= 1024
     while used:
-        used.pop(0)
-        ring.give_back()
+        give_one_back()
     assert ring.take(1024).numel() == 1024
 
 
