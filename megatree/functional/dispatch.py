@@ -9,8 +9,14 @@ from torch import Tensor
 
 from megatree.functional.activations import swiglu
 from megatree.functional.comm import Comm
-from megatree.functional.experts import Products, expert_rows, expert_slots
+from megatree.functional.experts import Products, expert_rows, expert_slots, has_kernel
 from megatree.functional.local_map import Out, local_map
+
+_ADVICE = (
+    "In rules, take the mesh axes of 'experts' from those of 'batch' and 'seq_moe'; a shared "
+    "expert that is computed meanwhile is cut within as the others: shared_ffn by what cuts "
+    "expert_ffn."
+)
 
 
 def experts(
@@ -19,10 +25,11 @@ def experts(
     choice: Int[Tensor, "batch seq_moe k"],
     weights: Sequence[Tensor],
     *,
+    shared: Sequence[Tensor] = (),
     capacity: int | None = None,
     activation: Callable[..., Tensor] = swiglu,
     products: Products = "auto",
-) -> Float[Tensor, "batch seq_moe embed"]:
+) -> Any:
     """Return the sum over a token's choices of gate * expert(token).
 
     The mesh axes of `experts` must be among those that cut the tokens (`batch`, `seq_moe`): each
@@ -34,35 +41,65 @@ def experts(
         gates: weights of the choices, "batch seq_moe _".
         choice: experts of the tokens; the number of experts itself is no expert.
         weights: ([gate,] up, down), each "experts expert_ffn embed".
+        shared: ([gate,] up, down), each "shared_ffn embed", of an expert that takes every token. It
+            is computed while rows travel to the others, and in the backward while their gradients
+            travel back. Axes of `shared_ffn` must not cut the tokens.
         capacity: None sorts rows by expert and sends as many as there are, at the cost of one
-            look of the host at their numbers (a plan assumes even loads). A number
-            says that no expert has more rows of one sequence: rows are padded to it, shapes are
-            static and the host looks at nothing. Where a sequence is cut, each piece of it is
+            look of the host at their numbers if experts are cut (a plan assumes even loads). A
+            number says that no expert has more rows of one sequence: rows are padded to it, shapes
+            are static and the host looks at nothing. Where a sequence is cut, each piece of it is
             padded to the whole capacity, or to its own length if that is less.
         activation: of (up), or of (gate, up) if there are three weights.
         products: see `expert_rows`; "loop" and "grouped" are for rows without padding.
+
+    Returns:
+        [batch, seq_moe, embed]; with `shared` a pair of it and what the shared expert gives, a
+        pending sum over the axes of `shared_ffn`.
     """
-    num_weights = len(weights)
+    num_weights, num_experts = len(weights), weights[0].shape[0]
 
-    def dropless(comm: Comm, x: Tensor, gates: Tensor, choice: Tensor, *ws: Tensor) -> Tensor:
-        return _dropless(comm, x, gates, choice, ws, activation, products)
+    def dispatch(comm: Comm, x: Tensor, gates: Tensor, choice: Tensor, *ws: Tensor) -> Any:
+        own, others = ws[:num_weights], ws[num_weights:]
+        meanwhile = (lambda: _dense(x, others, activation)) if others else None
+        if capacity is None:
+            y, beside = _dropless(comm, x, gates, choice, own, activation, products, meanwhile)
+        else:
+            y, beside = _capped(comm, x, gates, choice, own, activation, capacity, meanwhile)
+        return y if beside is None else (y, beside)
 
-    def capped(comm: Comm, x: Tensor, gates: Tensor, choice: Tensor, *ws: Tensor) -> Tensor:
-        assert capacity is not None
-        return _capped(comm, x, gates, choice, ws, activation, capacity)
+    def flops(shapes: Sequence[tuple[int, ...]]) -> int:
+        (batch, seq, embed), (*_, k), _, (_, ffn, _), *rest = shapes
+        rows = batch * seq * k if capacity is None else num_experts * batch * min(capacity, seq)
+        beside = sum(batch * seq * shape[0] for shape in rest[num_weights - 1 :])
+        return 2 * embed * (rows * ffn * num_weights + beside)
 
+    dispatch.__name__ = "experts"
+    place = "batch seq_moe embed"
+    routed = Out(place, partial=("expert_ffn",))
     body = local_map(
-        dropless if capacity is None else capped,
+        dispatch,
         in_axes=(
-            "batch seq_moe embed",
+            place,
             "batch seq_moe _",
             "batch seq_moe _",
             *("experts expert_ffn embed",) * num_weights,
+            *("shared_ffn embed",) * len(shared),
         ),
-        out_axes=Out("batch seq_moe embed", partial=("expert_ffn",)),
+        out_axes=(routed, Out(place, partial=("shared_ffn",))) if shared else routed,
         any_order=True,  # rows are sorted by expert, and a sum does not know where they lay
+        flops=flops,
+        advice=_ADVICE,
     )
-    return body(x, gates, choice, *weights)
+    return body(x, gates, choice, *weights, *shared)
+
+
+def _dense(x: Tensor, weights: Sequence[Tensor], activation: Callable[..., Tensor]) -> Tensor:
+    """Return what an expert gives that takes every token."""
+    return activation(*(x @ w.t() for w in weights[:-1])) @ weights[-1]
+
+
+Meanwhile = Callable[[], Tensor] | None
+"""What is computed while rows travel."""
 
 
 def _dropless(
@@ -73,16 +110,41 @@ def _dropless(
     weights: Sequence[Tensor],
     activation: Callable[..., Tensor],
     products: Products,
-) -> Tensor:
+    meanwhile: Meanwhile,
+) -> tuple[Tensor, Tensor | None]:
+    if comm.axis_size("experts") > 1:
+        return _across(comm, x, gates, choice, weights, activation, products, meanwhile)
+    k, num_experts = choice.shape[-1], weights[0].shape[0]
+    order, edges = _by_expert(choice, num_experts)
+    place = _inverse(order)
+    place = torch.where(place < edges[-1], place, len(order))  # dropped choices are sorted last
+    rows = _Take.apply(x.reshape(-1, x.shape[-1]), order, place, k)
+    mine = _Take.apply(gates.reshape(-1, 1), order, place, 1)
+    even = [_share(len(order), num_experts, e) for e in range(num_experts)]
+    counts = even if comm.plans or x.is_meta else edges.diff()  # the host need not know them
+    y = expert_rows(rows, mine, counts, weights, activation, products=products)
+    y = _Put.apply(y, order, place, k).view(x.shape)
+    return y, meanwhile() if meanwhile else None
+
+
+@torch.compiler.disable  # numbers of rows change with every call: each would be compiled anew
+def _across(
+    comm: Comm,
+    x: Tensor,
+    gates: Tensor,
+    choice: Tensor,
+    weights: Sequence[Tensor],
+    activation: Callable[..., Tensor],
+    products: Products,
+    meanwhile: Meanwhile,
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `_dropless` does where experts lie on several ranks."""
     n, local, k = comm.axis_size("experts"), weights[0].shape[0], choice.shape[-1]
-    flat = choice.reshape(-1)
-    by_expert, order = torch.sort(flat, stable=True)
-    ends = torch.arange(n * local + 1, device=x.device)
-    edges = torch.searchsorted(by_expert, ends)
+    order, edges = _by_expert(choice, n * local)
     counts = edges.diff().view(n, local)
     arrive = comm.all_to_all(counts, "experts", 0, 0)
-    if x.is_meta:  # a plan: even loads
-        sent = [[_share(flat.numel(), n * local, r * local + e) for e in range(local)]
+    if comm.plans or x.is_meta:  # even loads
+        sent = [[_share(len(order), n * local, r * local + e) for e in range(local)]
                 for r in range(n)]  # fmt: skip
         got = sent
     else:
@@ -90,24 +152,36 @@ def _dropless(
     send, recv = [sum(row) for row in sent], [sum(row) for row in got]
     kept = sum(send)
     source = order[:kept]
-    place = torch.argsort(order).clamp(max=kept)  # dropped choices are sorted last
+    place = _inverse(order).clamp(max=kept)
     rows = _Take.apply(x.reshape(-1, x.shape[-1]), source, place, k)
     mine = _Take.apply(gates.reshape(-1, 1), source, place, 1)
-    rows = comm.all_to_all_v(rows, "experts", send, recv)
-    mine = comm.all_to_all_v(mine, "experts", send, recv)
+    arrivals = [comm.all_to_all_v_async(t, "experts", send, recv) for t in (rows, mine)]
+    beside = meanwhile() if meanwhile else None
+    rows, mine = (arrival() for arrival in arrivals)
     per_expert = [sum(column) for column in zip(*got, strict=True)]
-    if n > 1:  # rows lie by rank, and of each rank by expert
-        number = torch.arange(n * local, device=x.device) % local
-        number = torch.repeat_interleave(number, arrive.reshape(-1), output_size=sum(recv))
-        sort = torch.argsort(number, stable=True)
-        back = torch.argsort(sort)
-        rows, mine = _Take.apply(rows, sort, back, 1), _Take.apply(mine, sort, back, 1)
-        y = expert_rows(rows, mine, per_expert, weights, activation, products=products)
-        y = _Take.apply(y, back, sort, 1)
-    else:
-        y = expert_rows(rows, mine, per_expert, weights, activation, products=products)
+    # Rows lie by rank, and of each rank by expert.
+    number = torch.arange(n * local, device=x.device) % local
+    number = torch.repeat_interleave(number, arrive.reshape(-1), output_size=sum(recv))
+    sort = torch.argsort(number, stable=True)
+    back = _inverse(sort)
+    rows, mine = _Take.apply(rows, sort, back, 1), _Take.apply(mine, sort, back, 1)
+    y = expert_rows(rows, mine, per_expert, weights, activation, products=products)
+    y = _Take.apply(y, back, sort, 1)
     y = comm.all_to_all_v(y, "experts", recv, send)
-    return _Put.apply(y, source, place, k).view(x.shape)
+    return _Put.apply(y, source, place, k).view(x.shape), beside
+
+
+def _by_expert(choice: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return the choices in the order of their experts, and where those of each begin and end."""
+    flat = choice.reshape(-1).to(torch.int32)  # half the passes of a sort of int64
+    experts, order = torch.sort(flat, stable=True)
+    number = torch.arange(num_experts + 1, dtype=torch.int32, device=choice.device)
+    return order, torch.searchsorted(experts, number)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """Return the permutation that undoes another."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def _share(total: int, parts: int, at: int) -> int:
@@ -123,7 +197,8 @@ def _capped(
     weights: Sequence[Tensor],
     activation: Callable[..., Tensor],
     capacity: int,
-) -> Tensor:
+    meanwhile: Meanwhile,
+) -> tuple[Tensor, Tensor | None]:
     batch, seq, k = choice.shape
     num_experts = weights[0].shape[0] * comm.axis_size("experts")
     room = min(capacity, seq)  # a token takes an expert at most once
@@ -140,21 +215,43 @@ def _capped(
     source = torch.full_like(index.new_empty(slots + 1), place.numel())
     source = source.scatter(0, place, index)[:slots]
 
-    def sent(rows: Tensor, choices: int) -> Tensor:
+    def send(rows: Tensor, choices: int) -> Callable[[], Tensor]:
         rows = _Take.apply(rows, source, place, choices)
-        return comm.all_to_all(rows.view(num_experts, batch * room, -1), "experts", 0, 1)
+        return comm.all_to_all_async(rows.view(num_experts, batch * room, -1), "experts", 0, 1)
 
-    rows, mine = sent(x.reshape(-1, x.shape[-1]), k), sent(gates.reshape(-1, 1), 1)
+    arrivals = send(x.reshape(-1, x.shape[-1]), k), send(gates.reshape(-1, 1), 1)
+    beside = meanwhile() if meanwhile else None
+    rows, mine = (arrival() for arrival in arrivals)
     y = comm.all_to_all(expert_slots(rows, mine, weights, activation), "experts", 1, 0)
-    return _Put.apply(y.reshape(slots, -1), source, place, k).view(x.shape)
+    return _Put.apply(y.reshape(slots, -1), source, place, k).view(x.shape), beside
 
 
 def _take(x: Tensor, source: Tensor, k: int) -> Tensor:
-    return _with_zero(x)[source // k]
+    if _by_kernel(x):
+        from megatree.functional.experts_kernel import take
+
+        return take(x.contiguous(), source, k, len(x) * k)
+    return _rows(x, source // k)
 
 
 def _put(y: Tensor, place: Tensor, k: int) -> Tensor:
-    return _with_zero(y)[place].view(-1, k, y.shape[-1]).sum(1)
+    if _by_kernel(y):
+        from megatree.functional.experts_kernel import put
+
+        return put(y.contiguous(), place, k)
+    return _rows(y, place).view(-1, k, y.shape[-1]).sum(1)
+
+
+def _by_kernel(x: Tensor) -> bool:
+    """Whether Triton kernels move these rows; inductor fuses more into a kernel of its own."""
+    return has_kernel(x) and not torch.compiler.is_compiling()
+
+
+def _rows(x: Tensor, at: Tensor) -> Tensor:
+    """Return rows of `x`, and zeros where it has not so many."""
+    if x.is_cuda and len(x):
+        return torch.where((at < len(x))[:, None], x[at.clamp(max=len(x) - 1)], 0)
+    return _with_zero(x)[at]
 
 
 def _with_zero(x: Tensor) -> Tensor:

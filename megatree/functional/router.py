@@ -69,12 +69,41 @@ def route(
     if groups is not None and group_top_k is not None:
         ranked = _limited(ranked, k, groups, group_top_k)
     experts = torch.topk(ranked, k, dim=-1).indices
+    return _weights(scores, experts, score, pre_softmax, normalise, scale), experts
+
+
+@op("... e!, ... k! -> ... k")
+def weigh(
+    logits: Float[Tensor, "*n e"],
+    experts: Int[Tensor, "*n k"],
+    *,
+    score: Score = "softmax",
+    pre_softmax: bool = False,
+    normalise: bool | None = None,
+    scale: float = 1.0,
+) -> Float[Tensor, "*n k"]:
+    """Return the weights that `route` gives to experts which something else has chosen."""
+    k = experts.shape[-1]
+    check_choice(logits.shape[-1], k, score, pre_softmax)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scores = wide if score == "softmax" and not pre_softmax else _scores(wide, score)
+    return _weights(scores, experts, score, pre_softmax, normalise, scale)
+
+
+def _weights(
+    scores: Tensor,
+    experts: Tensor,
+    score: Score,
+    pre_softmax: bool,
+    normalise: bool | None,
+    scale: float,
+) -> Tensor:
     weights = scores.gather(-1, experts)
     if score == "softmax" and not pre_softmax:
         weights = torch.softmax(weights, dim=-1)
-    elif normalise or (normalise is None and score != "softmax" and k > 1):
+    elif normalise or (normalise is None and score != "softmax" and experts.shape[-1] > 1):
         weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
-    return (weights if scale == 1.0 else weights * scale), experts
+    return weights if scale == 1.0 else weights * scale
 
 
 def check_choice(
@@ -202,6 +231,19 @@ def router_z_loss(logits: Float[Tensor, "batch seq e"]) -> Float[Tensor, ""]:
     return torch.logsumexp(wide, dim=-1).square().sum() * (1 / (logits.shape[0] * logits.shape[1]))
 
 
+def bias_move(counts: Float[Tensor, "*n e"], *, rate: float = 1e-3) -> Float[Tensor, "*n e"]:
+    """Return what a step adds to the bias of `route`: `rate` for experts below the mean load,
+    -`rate` above it, 0 at it.
+
+    Args:
+        counts: tokens of every expert over the whole step: all microbatches, all data axes.
+        rate: how far a bias moves in a step.
+
+    Reference: Wang et al. 2024, arXiv:2408.15664, algorithm 1.
+    """
+    return rate * torch.sign(counts.mean(-1, keepdim=True) - counts)
+
+
 def updated_bias(
     bias: Float[Tensor, " e"], counts: Float[Tensor, " e"], *, rate: float = 1e-3
 ) -> Float[Tensor, " e"]:
@@ -209,12 +251,9 @@ def updated_bias(
 
     Args:
         bias: [experts].
-        counts: tokens of every expert over the whole step: all microbatches, all data axes.
-        rate: how far a bias moves in a step.
-
-    Reference: Wang et al. 2024, arXiv:2408.15664, algorithm 1.
+        counts, rate: see `bias_move`.
     """
-    return bias + rate * torch.sign(counts.mean() - counts).to(bias.dtype)
+    return bias + bias_move(counts, rate=rate).to(bias.dtype)
 
 
 def capacity_of(tokens: int, k: int, num_experts: int, factor: float) -> int:

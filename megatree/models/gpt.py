@@ -14,6 +14,13 @@ from megatree.functional.annotate import shard
 from megatree.functional.chain import Chain, Segment, Stack
 from megatree.functional.param import Array, Init, Param, normal, ones, zeros
 from megatree.models.gpt_config import GPTConfig
+from megatree.models.mla import (
+    latent_heads,
+    latent_params,
+    latent_rope_table,
+    latent_scale,
+    latent_sizes,
+)
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -47,6 +54,10 @@ def gpt(
         if there is dropout. `outs["loss"]["terms"]["loss"]` is (sum of weighted losses in nats,
         sum of weights); `outs["head"]` has it if head and loss are one.
     """
+    if cfg.mtp is not None:
+        raise ValueError(
+            f"gpt: mtp is {cfg.mtp}, and this builds the part without it. Build it by `decoder`."
+        )
     batch = {
         "tokens": Array("batch seq", torch.int64),
         "labels": Array("batch seq", torch.int64),
@@ -87,6 +98,7 @@ def gpt(
             "group": cfg.group,
             "head_dim": cfg.head_dim,
             "ffn": cfg.ffn,
+            **latent_sizes(cfg),
         },
         batch=batch,
         consts=partial(consts_of, dtype=torch.promote_types(dtype, torch.float32)),
@@ -105,9 +117,12 @@ def consts_of(
         if positions is None:
             tokens = batch["tokens"]
             positions = shard(torch.arange(tokens.shape[1], device=tokens.device), "seq")
-        consts["rope"] = F.rope_table(
-            positions, cfg.head_dim, base=cfg.rope_base, scaling=cfg.rope_scaling, dtype=dtype
-        )
+        if cfg.kv_rank is not None:
+            consts["rope"] = latent_rope_table(positions, cfg, base=cfg.rope_base, dtype=dtype)
+        else:
+            consts["rope"] = F.rope_table(
+                positions, cfg.head_dim, base=cfg.rope_base, scaling=cfg.rope_scaling, dtype=dtype
+            )
     return consts
 
 
@@ -138,6 +153,8 @@ def block_params(cfg: GPTConfig) -> dict[str, Param]:
 def attention_params(cfg: GPTConfig) -> dict[str, Param]:
     """Declare the first half of a block: norm and attention."""
     into, out_of = first_weights(cfg)
+    if cfg.kv_rank is not None:
+        return {**latent_params(cfg, into, out_of), **norm_params("norm1", cfg)}
     weights = {
         "wq": Param("kv_heads group head_dim embed", init=into),
         "wk": Param("kv_heads head_dim embed", init=into),
@@ -221,18 +238,14 @@ def head_and_loss(
 
 def attend(x: Tensor, w: Any, consts: Mapping[str, Tensor], cfg: GPTConfig) -> Tensor:
     """Return what attention adds to the residual stream: a pending sum if heads are cut."""
-    y = shard(norm(x, w, "norm1", cfg), "batch seq embed")
-    q, k, v = F.project(y, (w["wq"], w["wk"], w["wv"]))
-    if cfg.bias or cfg.qkv_bias:
-        q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
-    if cfg.qk_norm:
-        q = F.rms_norm(q, w["norm_q"], eps=cfg.norm_eps)
-        k = F.rms_norm(k, w["norm_k"], eps=cfg.norm_eps)
-    if cfg.positions == "rotary":
-        q, k = F.rope(q, consts["rope"]), F.rope(k, consts["rope"])
+    y = norm(x, w, "norm1", cfg)
+    if cfg.kv_rank is not None:
+        (q, k, v), scale = latent_heads(y, w, consts, cfg), latent_scale(cfg)
+    else:
+        (q, k, v), scale = _heads(shard(y, "batch seq embed"), w, consts, cfg), None
     key = F.fold(consts["key"], consts["layer"], "attention") if cfg.attention_dropout else None
     # A window that holds the whole sequence hides nothing.
-    window = cfg.window if cfg.window is not None and cfg.window < y.shape[1] else None
+    window = cfg.window if cfg.window is not None and cfg.window < q.shape[1] else None
     o = F.attention(
         q,
         k,
@@ -241,9 +254,26 @@ def attend(x: Tensor, w: Any, consts: Mapping[str, Tensor], cfg: GPTConfig) -> T
         segment_ids=consts.get("segments"),
         causal=True,
         window=window,
+        scale=scale,
         dropout=cfg.attention_dropout,
+        kernel=cfg.attention_kernel,
     )
     return F.einsum("b t g r k, g r k d -> b t d", o, w["wo"])
+
+
+def _heads(
+    y: Tensor, w: Any, consts: Mapping[str, Tensor], cfg: GPTConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of the heads."""
+    q, k, v = F.project(y, (w["wq"], w["wk"], w["wv"]))
+    if cfg.bias or cfg.qkv_bias:
+        q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
+    if cfg.qk_norm:
+        q = F.rms_norm(q, w["norm_q"], eps=cfg.norm_eps)
+        k = F.rms_norm(k, w["norm_k"], eps=cfg.norm_eps)
+    if cfg.positions == "rotary":
+        q, k = F.rope(q, consts["rope"]), F.rope(k, consts["rope"])
+    return q, k, v
 
 
 def feed_forward(x: Tensor, w: Any, cfg: GPTConfig) -> Tensor:

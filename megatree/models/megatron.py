@@ -1,6 +1,7 @@
 """Megatron's names and layouts for the leaves of `gpt`, and its arguments, as data."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatree.models.gpt_config import GPTConfig
@@ -86,6 +87,43 @@ CUT: Mapping[str, int] = {
     "mlp.linear_fc2.weight": 1,
 }
 """End of a name -> the dim that tensor ranks cut; the others are the same on all ranks."""
+
+_BEFORE = ("embedding.word_embeddings.", "embedding.position_embeddings.")
+_AFTER = ("decoder.final_layernorm.", "output_layer.")
+_NORM1, _NORM2, _PROJ = "input_layernorm.", "pre_mlp_layernorm.", "self_attention.linear_proj."
+_QKV_NORMS = ("self_attention.linear_qkv.", "self_attention.q_layernorm.",
+              "self_attention.k_layernorm.")  # fmt: skip
+_MLP = ("mlp.linear_fc1.", "mlp.linear_fc2.")
+_LAYER_ORDER = (_NORM1, _PROJ, *_QKV_NORMS, _NORM2, *_MLP)
+_FUSED_ORDER = (_PROJ, _NORM1, *_QKV_NORMS, _NORM2, *_MLP)
+
+
+def in_order(names: Iterable[str], *, fused: bool = False) -> list[str]:
+    """Return names of a model's parameters as Megatron's modules list them.
+
+    Args:
+        names: as `modern_name` gives them, layers numbered.
+        fused: whether layers are of Transformer Engine, whose products have the norms before them.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    within = _FUSED_ORDER if fused else _LAYER_ORDER
+
+    def place(name: str) -> tuple[int, int, int, bool]:
+        layer, rest = 0, name
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name, re.ASCII)
+        if match:
+            layer, rest = int(match[1]), match[2]
+        for section, starts in ((0, _BEFORE), (1, within), (2, _AFTER)):
+            if (section == 1) == bool(match):
+                for index, start in enumerate(starts):
+                    if rest.startswith(start):
+                        return section, layer, index, rest.endswith("bias")
+        raise ValueError(f"{name}: no parameter of Megatron's GPT that is known. Leave it out.")
+
+    return sorted(names, key=place)
+
 
 MODERN: Mapping[str, str] = {
     "language_model.embedding.": "embedding.",
@@ -234,4 +272,5 @@ def to_args(cfg: GPTConfig, *, tensor: int = 1, pipeline: int = 1) -> dict[str, 
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
         "virtual_pipeline_model_parallel_size": None,
+        "transformer_impl": "local",
     }

@@ -6,6 +6,7 @@ from typing import Any
 from megatree.models.gpt_config import GPTConfig
 from megatree.models.names import Source
 
+_TABLE, _GATE = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
 _LAYER, _TURNED = "layers.{layer}", "head_dim=half:2 pair"
 
 META = (
@@ -58,19 +59,22 @@ def to_gpt_config(
     lacking = [name for name in ("dim", "n_layers", "n_heads") if name not in params]
     if lacking:
         raise ValueError(f"{place}: lacks {', '.join(lacking)}. Give the params.json of the model.")
+    absent = [name for name in (_TABLE, _GATE) if name not in shapes]
+    if absent:
+        raise ValueError(f"{place}: the files beside it lack {', '.join(absent)}. Copy them anew.")
     heads = params["n_heads"]
     kv_heads = params.get("n_kv_heads") or heads
     scaled = params.get("use_scaled_rope", False)
     factor = float(params.get("rope_scaling_factor", 8.0))
     return GPTConfig(
-        vocab_size=shapes["tok_embeddings.weight"][0],
+        vocab_size=shapes[_TABLE][0],
         seq_length=params.get("max_seq_len", 131072 if scaled else 4096),
         num_layers=params["n_layers"],
         embed=params["dim"],
         kv_heads=kv_heads,
         group=heads // kv_heads,
         head_dim=params["dim"] // heads,
-        ffn=shapes["layers.0.feed_forward.w1.weight"][0],
+        ffn=shapes[_GATE][0],
         tied="output.weight" not in shapes,
         norm_eps=params.get("norm_eps", 1e-5),
         rope_base=float(params.get("rope_theta", 10000.0)),

@@ -2,14 +2,15 @@
 torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from megatree.models.gpt_config import GPTConfig
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
-Balance = Literal["microbatch", "sequence"]
-Products = Literal["auto", "loop", "grouped"]
+Router = Literal["top_k", "sinkhorn"]
+Balance = Literal["microbatch", "sequence", "global"]
+Products = Literal["auto", "loop", "grouped", "transformer_engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +24,27 @@ class MoEConfig(GPTConfig):
         shared_ffn: width of the expert that every token takes; None for none.
         dense_first: this many first layers are dense; None for none.
         every: of the layers after them, the first and every `every`-th from it are mixtures.
+        router: "top_k" takes the best scores; "sinkhorn" the best of scores that `sinkhorn` evens
+            out over the tokens of a microbatch, and in evaluation the best scores.
         score, pre_softmax, normalise, route_scale, groups, group_top_k: see `route`.
+        jitter: the router's input is multiplied by numbers drawn evenly from [1 - jitter,
+            1 + jitter), in training; None for none.
         balance: coefficient of the auxiliary loss (see `balance_loss`); None for none.
-        balance_over: over whose tokens it is taken: those of a microbatch on all data axes, or
-            those of every sequence by itself.
+        balance_over: over whose tokens it is taken: those of a "microbatch" on all data axes, those
+            of every "sequence" by itself, or all of a step ("global"). The last costs one more
+            forward of all microbatches if there are several, to count the choices first.
+        bias_rate: experts are chosen by score + bias, and after a step the bias of every expert
+            goes up by this if it had fewer tokens than the mean, down if more (see `bias_move`); 0
+            leaves it as it is; None for no bias.
         z_loss: coefficient of `router_z_loss`; None for none.
         capacity_factor: an expert takes at most ceil(seq * top_k / experts * factor) tokens of one
             sequence, the heaviest ones; None drops no token.
         pad_to_capacity: whether rows are padded to the capacity, so that all shapes are static and
             the host waits for nothing. It changes no value.
         products: see `expert_rows`.
+        overlap_shared: whether the shared expert is computed while rows travel to their experts
+            (see `experts`). It changes no value; the mesh axes of shared_ffn must then not cut
+            "seq_moe".
 
     Raises:
         ValueError: a size is not positive, a choice unknown, or fields contradict.
@@ -44,22 +56,31 @@ class MoEConfig(GPTConfig):
     shared_ffn: int | None = None
     dense_first: int | None = None
     every: int = 1
+    router: Router = "top_k"
     score: Score = "softmax"
     pre_softmax: bool = False
     normalise: bool | None = None
     route_scale: float = 1.0
     groups: int | None = None
     group_top_k: int | None = None
+    jitter: float | None = None
     balance: float | None = None
     balance_over: Balance = "microbatch"
+    bias_rate: float | None = None
     z_loss: float | None = None
     capacity_factor: float | None = None
     pad_to_capacity: bool = False
     products: Products = "auto"
+    overlap_shared: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = (("score", Score), ("balance_over", Balance), ("products", Products))
+        choices = (
+            ("router", Router),
+            ("score", Score),
+            ("balance_over", Balance),
+            ("products", Products),
+        )
         for name, known in choices:
             if (value := getattr(self, name)) not in get_args(known):
                 raise ValueError(
@@ -70,6 +91,7 @@ class MoEConfig(GPTConfig):
                 f"MoEConfig: top_k is {self.top_k}, and there are {self.experts} experts. "
                 f"Give at most {self.experts}."
             )
+        self._check_router()
         for name in ("balance", "z_loss", "capacity_factor", "route_scale"):
             if (value := getattr(self, name)) is not None and value <= 0.0:
                 raise ValueError(f"MoEConfig: {name} is {value}. Give a positive number.")
@@ -91,6 +113,11 @@ class MoEConfig(GPTConfig):
                 f"MoEConfig: products is {self.products!r} with pad_to_capacity, where experts "
                 "have equal rows and one batched product. Take products='auto'."
             )
+        if self.overlap_shared and self.shared_ffn is None:
+            raise ValueError(
+                "MoEConfig: overlap_shared without shared_ffn: there is no shared expert to "
+                "compute meanwhile. Give shared_ffn, or take overlap_shared=False."
+            )
         if self.activation != "swiglu" and self.shared_ffn is not None:
             raise ValueError(
                 f"MoEConfig: shared_ffn with activation {self.activation!r}. A shared expert is "
@@ -101,6 +128,49 @@ class MoEConfig(GPTConfig):
                 "MoEConfig: bias=True, and experts have none. Take bias=False (qkv_bias=True gives "
                 "queries, keys and values one)."
             )
+
+    def _check_router(self) -> None:
+        """Refuse ways to balance that contradict each other."""
+        if self.jitter is not None and not 0.0 < self.jitter < 1.0:
+            raise ValueError(f"MoEConfig: jitter is {self.jitter}. Give a number in (0, 1).")
+        if self.bias_rate is not None and self.bias_rate < 0.0:
+            raise ValueError(f"MoEConfig: bias_rate is {self.bias_rate}. Give 0 or more.")
+        if self.router != "sinkhorn":
+            return
+        others = {
+            "balance": self.balance,
+            "bias_rate": self.bias_rate,
+            "groups": self.groups,
+        }
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(
+                    f"MoEConfig: router is 'sinkhorn' with {name} {value}, and its choice is even "
+                    f"by itself. Leave out {name}, or take router='top_k'."
+                )
+
+    def for_evaluation(self) -> "MoEConfig":
+        """Return it without what only training does.
+
+        Its loss is that of the language alone. No token is dropped: who is dropped is decided over
+        whole sequences, so that tokens to come would decide about those before.
+        """
+        return replace(
+            self,
+            dropout=0.0,
+            attention_dropout=0.0,
+            router="top_k",
+            jitter=None,
+            balance=None,
+            z_loss=None,
+            capacity_factor=None,
+            pad_to_capacity=False,
+        )
+
+    @property
+    def random(self) -> bool:
+        """Whether a step needs a key."""
+        return super().random or self.jitter is not None
 
     @property
     def pattern(self) -> tuple[str, ...]:

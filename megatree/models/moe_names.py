@@ -1,132 +1,152 @@
-"""Names and layouts that Hugging Face gives the leaves of `moe`, as data."""
+"""Names and layouts that the files of Hugging Face give the leaves of `moe`, as data.
 
-import re
-from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+In files every expert has tensors of its own, and Mixtral's have names of their own.
+"""
 
 from megatree.models.names import LLAMA, Source
 
-_LAYER = "model.layers.{layer}"
+_LAYER, _EXPERT = "model.layers.{layer}", "experts.{expert}"
 _DENSE = ("w_gate", "w_up", "w_down")
-_STACKED = re.compile(r"(.*mlp\.experts\.)(gate_up_proj|down_proj)")
 
-_SHARED = tuple(
-    Source(
-        leaf=source.leaf.replace("blocks.dense.", "blocks.moe."),
-        name=source.name,
-        axes=source.axes,
+
+def _of(unit: str, rows: tuple[tuple[str, str, str], ...]) -> tuple[Source, ...]:
+    return tuple(
+        Source(leaf=f"{unit}.{leaf}", name=f"{_LAYER}.{name}.weight", axes=axes)
+        for leaf, name, axes in rows
     )
-    for source in LLAMA
-    if source.leaf.split(".")[-1] not in _DENSE
+
+
+def _experts(unit: str, place: str, parts: tuple[str, str, str]) -> tuple[Source, ...]:
+    """Return the rows of a router and its experts, whose gate, up and down are called so."""
+    gate, up, down = (f"{place}.{_EXPERT}.{part}" for part in parts)
+    return _of(
+        unit,
+        (
+            ("router", f"{place}.gate", "choices embed"),
+            ("w_gate", gate, "expert_ffn embed"),
+            ("w_up", up, "expert_ffn embed"),
+            ("w_down", down, "embed expert_ffn"),
+        ),
+    )
+
+
+def _norms(unit: str) -> tuple[Source, ...]:
+    rows = [(f"norm_{x}", f"self_attn.{x}_norm", "head_dim") for x in ("q", "k")]
+    return _of(unit, tuple(rows))
+
+
+_ENDS = tuple(source for source in LLAMA if not source.layered)
+_ATTENTION = tuple(
+    Source(leaf=s.leaf.replace(".dense.", ".moe."), name=s.name, axes=s.axes)
+    for s in LLAMA
+    if s.layered and s.leaf.split(".")[-1] not in _DENSE
 )
+_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 MIXTRAL = (
-    *_SHARED,
-    Source(leaf="blocks.moe.router", name=f"{_LAYER}.mlp.gate.weight", axes="choices embed"),
-    *(
-        Source(
-            leaf=f"blocks.moe.{leaf}",
-            name=f"{_LAYER}.mlp.experts.gate_up_proj",
-            axes="experts (part:2 expert_ffn) embed",
-            at=("part", part),
-        )
-        for part, leaf in enumerate(("w_gate", "w_up"))
-    ),
-    Source(
-        leaf="blocks.moe.w_down",
-        name=f"{_LAYER}.mlp.experts.down_proj",
-        axes="experts embed expert_ffn",
-    ),
+    *_ENDS,
+    *_ATTENTION,
+    *_experts("blocks.moe", "block_sparse_moe", ("w1", "w3", "w2")),
 )
-"""`MixtralForCausalLM` as transformers 5 holds it; in its files experts lie one by one."""
+"""`MixtralForCausalLM`."""
 
 QWEN3_MOE = (
-    *MIXTRAL,
-    *(
-        Source(
-            leaf=f"blocks.moe.norm_{x}",
-            name=f"{_LAYER}.self_attn.{x}_norm.weight",
-            axes="head_dim",
+    *LLAMA,
+    *_norms("blocks.dense"),
+    *_ATTENTION,
+    *_norms("blocks.moe"),
+    *_experts("blocks.moe", "mlp", _PARTS),
+)
+"""`Qwen3MoeForCausalLM`."""
+
+
+def _latent(unit: str) -> tuple[Source, ...]:
+    """Return the rows of latent attention and of the norms of a layer."""
+    whole = _of(
+        unit,
+        (
+            ("norm1", "input_layernorm", "embed"),
+            ("norm2", "post_attention_layernorm", "embed"),
+            ("wq_down", "self_attn.q_a_proj", "q_rank embed"),
+            ("norm_q", "self_attn.q_a_layernorm", "q_rank"),
+            ("wq", "self_attn.q_b_proj", "(kv_heads group query_dim) q_rank"),
+            ("norm_kv", "self_attn.kv_a_layernorm", "kv_rank"),
+            ("wo", "self_attn.o_proj", "embed (kv_heads group value_dim)"),
+        ),
+    )
+    down, up = "self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj"
+    made, stacked = "part:kv_rank+rope_dim embed", "(kv_heads part:head_dim+value_dim) kv_rank"
+    parts = tuple(
+        Source(leaf=f"{unit}.{leaf}", name=f"{_LAYER}.{name}.weight", axes=axes, at=("part", at))
+        for leaf, name, axes, at in (
+            ("wkv_down", down, made, 0),
+            ("wk_rope", down, made, "kv_rank"),
+            ("wk", up, stacked, 0),
+            ("wv", up, stacked, "head_dim"),
         )
-        for x in ("q", "k")
+    )
+    return *whole, *parts
+
+
+def _mixture(unit: str) -> tuple[Source, ...]:
+    """Return the rows of a router with a bias, of its experts and of the shared one."""
+    shared = "mlp.shared_experts"
+    bias = f"{_LAYER}.mlp.gate.e_score_correction_bias"
+    return (
+        *_experts(unit, "mlp", _PARTS),
+        Source(leaf=f"{unit}.router_bias", name=bias, axes="choices"),
+        *_of(
+            unit,
+            (
+                ("shared_gate", f"{shared}.gate_proj", "shared_ffn embed"),
+                ("shared_up", f"{shared}.up_proj", "shared_ffn embed"),
+                ("shared_down", f"{shared}.down_proj", "embed shared_ffn"),
+            ),
+        ),
+    )
+
+
+def _ahead(unit: str) -> tuple[Source, ...]:
+    """Return the rows of what predicts a further token, beside those of its layer."""
+    joined = "mtp_embed (part:2 embed)"
+    return (
+        *_of(
+            unit,
+            (
+                ("norm_token", "enorm", "embed"),
+                ("norm_hidden", "hnorm", "embed"),
+                ("norm_out", "shared_head.norm", "embed"),
+            ),
+        ),
+        *(
+            Source(
+                leaf=f"{unit}.{leaf}", name=f"{_LAYER}.eh_proj.weight", axes=joined, at=("part", at)
+            )
+            for at, leaf in enumerate(("w_token", "w_hidden"))
+        ),
+    )
+
+
+_DEPTHS = tuple(f"mtp.depth{depth}" for depth in range(1, 5))
+
+DEEPSEEK_V3 = (
+    *_ENDS,
+    *(s for s in LLAMA if s.layered and s.leaf.split(".")[-1] in _DENSE),
+    *_latent("blocks.dense"),
+    *(
+        row
+        for unit in ("blocks.moe", *_DEPTHS)
+        for row in (*_latent(unit), *_mixture(unit), *(_ahead(unit) if unit in _DEPTHS else ()))
     ),
 )
-"""`Qwen3MoeForCausalLM` with `decoder_sparse_step` 1 and no `mlp_only_layers`."""
+"""`DeepseekV3ForCausalLM`, and the layers behind it that its class does not load."""
 
-MIXTRAL_FILES = {"mlp.gate.": "block_sparse_moe.gate.", "mlp.experts.": "block_sparse_moe.experts."}
-"""Part of a name in `MIXTRAL` -> how Mixtral's files have it."""
-
-MIXTRAL_PARTS = ("w1", "w3", "w2")
-"""What Mixtral's files call gate, up and down of an expert."""
-
-QWEN3_MOE_PARTS = ("gate_proj", "up_proj", "down_proj")
-"""What Qwen3's files call gate, up and down of an expert."""
-
-
-def to_files(
-    tensors: Mapping[str, Tensor], parts: tuple[str, str, str], renamed: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """Return the tensors of files, an expert's apart, from those of `to_foreign`.
-
-    Args:
-        tensors: by name of `MIXTRAL` or `QWEN3_MOE`.
-        parts: what gate, up and down of an expert are called.
-        renamed: part of a name -> what it is in files.
-    """
-    out: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if (found := _STACKED.fullmatch(name)) is None:
-            out[_renamed(name, renamed)] = value
-            continue
-        prefix = _renamed(found[1], renamed)
-        for expert, matrix in enumerate(value):
-            if found[2] == "down_proj":
-                out[f"{prefix}{expert}.{parts[2]}.weight"] = matrix
-            else:
-                gate, up = matrix.chunk(2)
-                out[f"{prefix}{expert}.{parts[0]}.weight"] = gate
-                out[f"{prefix}{expert}.{parts[1]}.weight"] = up
-    return out
-
-
-def from_files(
-    tensors: Mapping[str, Tensor], parts: tuple[str, str, str], renamed: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """Return the tensors for `from_foreign`, those of a layer's experts stacked, from files.
-
-    Raises:
-        ValueError: an expert of a layer is missing, or a part of one.
-    """
-    back = {there: here for here, there in renamed.items()}
-    out: dict[str, Tensor] = {}
-    experts: dict[str, dict[tuple[int, str], Tensor]] = {}
-    pattern = re.compile(rf"(.*mlp\.experts\.)(\d+)\.({'|'.join(parts)})\.weight")
-    for name, value in tensors.items():
-        here = _renamed(name, back)
-        if (found := pattern.fullmatch(here)) is None:
-            out[here] = value
-        else:
-            experts.setdefault(found[1], {})[int(found[2]), found[3]] = value
-    for prefix, held in experts.items():
-        num_experts = 1 + max(expert for expert, _ in held)
-        wanted = [(expert, part) for expert in range(num_experts) for part in parts]
-        if missing := [key for key in wanted if key not in held]:
-            expert, part = missing[0]
-            raise ValueError(
-                f"{prefix}{expert}.{part}.weight: is missing, one of {len(missing)} of "
-                f"{num_experts} experts. Give all files of the folder."
-            )
-        gate, up, down = (
-            torch.stack([held[expert, part] for expert in range(num_experts)]) for part in parts
-        )
-        out[f"{prefix}gate_up_proj"] = torch.cat([gate, up], dim=1)
-        out[f"{prefix}down_proj"] = down
-    return out
-
-
-def _renamed(name: str, renamed: Mapping[str, str]) -> str:
-    for here, there in renamed.items():
-        name = name.replace(here, there)
-    return name
+DIRECT_QUERIES = tuple(
+    Source(
+        leaf=f"{unit}.wq",
+        name=f"{_LAYER}.self_attn.q_proj.weight",
+        axes="(kv_heads group query_dim) embed",
+    )
+    for unit in ("blocks.dense", "blocks.moe", *_DEPTHS)
+)
+"""What queries are made of in a model of `DEEPSEEK_V3` without q_rank."""

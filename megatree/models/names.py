@@ -26,14 +26,15 @@ class Source:
 
     Args:
         leaf: path of the leaf, "blocks.dense.wq".
-        name: name of the foreign tensor; "{layer}" stands for the layer's number. A leaf of a stack
-            whose name has none is in a tensor of all layers.
+        name: name of the foreign tensor; "{layer}" stands for the number of the layer, counted
+            through all stacks, and "{expert}" for that of the expert. A leaf of a stack whose name
+            has none is in a tensor of all layers, or of all experts.
         axes: the leaf's axes in the order in which the foreign tensor holds them, those that are
             one dim there in parentheses: "embed (kv_heads group head_dim)" is a matrix. An axis
             that the leaf lacks says its size, "part:3" or "slot:group+2".
         at: (axis, index) if the leaf is a part of the foreign tensor: it lies at this index of an
             axis that it lacks (from the end if negative), or begins there if it has one axis that
-            `axes` do not name.
+            `axes` do not name. The index may be that of another axis' size, "head_dim".
         split: "head_dim=pair half:2" if the foreign tensor keeps factors of an axis apart; one of
             them may go without a size.
     """
@@ -41,13 +42,19 @@ class Source:
     leaf: str
     name: str
     axes: str
-    at: tuple[str, int] | None = None
+    at: tuple[str, int | str] | None = None
     split: str = ""
 
     @property
     def layered(self) -> bool:
         """Whether every layer has a tensor of its own."""
         return "{layer}" in self.name
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """The axes whose every index has a tensor of its own; the leaf's outermost ones."""
+        axes = {"layers": self.layered, "experts": "{expert}" in self.name}
+        return tuple(axis for axis, apart in axes.items() if apart)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +94,23 @@ def fold(source: Source, leaf: Param, sizes: Mapping[str, int]) -> Fold:
     for axis in leaf.names:
         if axis == whole:
             dims.append(tuple((name, 0, size) for name, size in parts))
-        elif axis in named or (axis == "layers" and source.layered):
+        elif axis in named or axis in source.apart:
             dims.append(((axis, 0, known[axis]),))
         elif free is not None:
-            start = free[1] % named[free[0]][2]
+            start = _start(free, named, known)
             dims.append(((free[0], start, start + known[axis]),))
             free = None
         else:
             raise ValueError(f"{source.leaf}: {source.name} has no axis '{axis}'. Name it in axes.")
     if free is not None:
-        start = free[1] % named[free[0]][2]
+        start = _start(free, named, known)
         within.append((free[0], start, start + 1))
     return Fold(leaf=tuple(dims), within=tuple(within), foreign=foreign)
+
+
+def _start(at: tuple[str, int | str], named: Mapping[str, Span], sizes: Mapping[str, int]) -> int:
+    axis, index = at
+    return (sizes[index] if isinstance(index, str) else index) % named[axis][2]
 
 
 def _span(word: str, sizes: Mapping[str, int]) -> Span:
@@ -208,7 +220,10 @@ def from_foreign(sources: Sequence[Source], tensors: Mapping[str, Tensor], model
             _to_leaf(tensors[name], name, source, leaf, model)
             for name in foreign_names(source, model)
         ]
-        value = torch.stack(parts) if leaf.stack is not None and source.layered else parts[0]
+        value = parts[0]
+        if source.apart:
+            outer = logical_shape(leaf, model.sizes, path)[: len(source.apart)]
+            value = torch.stack(parts).unflatten(0, outer)
         out = value.new_zeros(padded_shape(leaf, model.sizes, path))
         out[tuple(slice(0, n) for n in value.shape)] = value
         values.append(out)
@@ -233,8 +248,8 @@ def to_foreign(sources: Sequence[Source], params: Any, model: Chain) -> dict[str
     for path, leaf, value in zip(names, leaves, values, strict=True):
         source = by_leaf[path]
         value = value[tuple(slice(0, n) for n in logical_shape(leaf, model.sizes, path))]
-        layers = [value] if leaf.stack is None or not source.layered else value
-        for name, part in zip(foreign_names(source, model), layers, strict=True):
+        apart = value.flatten(0, len(source.apart) - 1) if source.apart else [value]
+        for name, part in zip(foreign_names(source, model), apart, strict=True):
             spans = fold(source, leaf, model.sizes)
             shape = [_size(group) for group in spans.foreign]
             out = found.setdefault(name, value.new_zeros(shape))
@@ -259,14 +274,33 @@ def sources_of(sources: Sequence[Source], names: Sequence[str]) -> dict[str, Sou
 
 
 def foreign_names(source: Source, model: Chain) -> list[str]:
-    """Return the foreign name of a leaf, or those of its layers in their order."""
-    if not source.layered:
-        return [source.name]
+    """Return the foreign name of a leaf, or those of its layers (and their experts) in order."""
+    return [name for name, _ in foreign_parts(source, model)]
+
+
+def foreign_parts(source: Source, model: Chain) -> list[tuple[str, tuple[Span, ...]]]:
+    """Return the foreign names of a leaf in order, each with the ranges of `source.apart`."""
+    layers = _layers(source, model) if source.layered else [0]
+    experts = range(model.sizes["experts"]) if "experts" in source.apart else [0]
+    out = []
+    for at, layer in enumerate(layers):
+        for expert in experts:
+            index = {"layers": at, "experts": expert}
+            spans = tuple((axis, index[axis], index[axis] + 1) for axis in source.apart)
+            out.append((source.name.format(layer=layer, expert=expert), spans))
+    return out
+
+
+def _layers(source: Source, model: Chain) -> list[int]:
+    """Return the numbers of the layers of a leaf's kind, counted through all stacks."""
     name, _, rest = source.leaf.partition(".")
-    segment = model.segments[name]
-    assert isinstance(segment, Stack), f"{source.leaf} has layers"
-    kind = rest.partition(".")[0]
-    return [source.name.format(layer=i) for i, k in enumerate(segment.pattern) if k == kind]
+    kind, before = rest.partition(".")[0], 0
+    for other, segment in model.segments.items():
+        if isinstance(segment, Stack):
+            if other == name:
+                return [before + i for i, k in enumerate(segment.pattern) if k == kind]
+            before += len(segment.pattern)
+    raise ValueError(f"{source.leaf}: {source.name} has layers, and {name!r} is no stack.")
 
 
 def _borrowed(model: Chain) -> list[str]:
@@ -331,7 +365,7 @@ def _window(tensor: Tensor, spans: Fold) -> Tensor:
 
 def _own(spans: Fold, source: Source) -> Spans:
     """Return the dims of a leaf without those that are another tensor each."""
-    return spans.leaf[1:] if source.layered else spans.leaf
+    return spans.leaf[len(source.apart) :]
 
 
 def _size(group: tuple[Span, ...]) -> int:

@@ -1,10 +1,14 @@
 """Layers of local experts: grouped products against one product per expert; dispatch to both."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import Tensor
 
 import megatree.functional as F
+from megatree.functional import experts_te
 from megatree.functional.experts import Products, expert_rows
 from tests.tolerances import RELATIVE, assert_leaves_close
 
@@ -51,6 +55,22 @@ def test_rows_are_what_each_expert_makes_of_them() -> None:
     assert (y - torch.stack(each)).norm() < RELATIVE[torch.float64] * y.norm()
 
 
+@pytest.mark.parametrize("products", ["loop", pytest.param("grouped", marks=grouped)])
+def test_rows_of_no_expert_lie_behind_all_others(products: Products) -> None:
+    """Counts are a tensor; what is behind their sum changes nothing, whatever it is."""
+    rows, gates, *weights = drawn(torch.float32)
+    expected = expert_rows(rows, gates, COUNTS, weights, F.swiglu, products="loop")
+    more, beside = (torch.cat([x, x[:2] * torch.inf]) for x in (rows, gates))
+    counts = torch.tensor(COUNTS)
+    y = expert_rows(more, beside, counts, weights, F.swiglu, products=products)
+    assert_leaves_close({"y": y[:12].detach()}, {"y": expected.detach()}, torch.float32)
+    slopes = torch.autograd.grad(y[:12].sum(), weights)
+    exact = torch.autograd.grad(expected.sum(), weights)
+    assert_leaves_close(
+        dict(zip("abc", slopes, strict=True)), dict(zip("abc", exact, strict=True)), torch.float32
+    )
+
+
 @grouped
 def test_a_grouped_product_that_cannot_be_had_is_refused() -> None:
     rows, gates, *weights = drawn(torch.float64)
@@ -62,6 +82,45 @@ def test_a_grouped_product_that_cannot_be_had_is_refused() -> None:
     narrow = [w.float()[:, :6] for w in weights]
     with pytest.raises(ValueError, match=r"sizes \[6\] are not multiples of 16 bytes"):
         expert_rows(rows.float(), gates, COUNTS, narrow, F.swiglu, products="grouped")
+
+
+class Linear(torch.nn.Module):
+    """What Transformer Engine's grouped linear layer computes."""
+
+    def __init__(
+        self, num: int, width_in: int, width_out: int, *, bias: bool, params_dtype: torch.dtype,
+        device: str,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        assert not bias
+        self.shape = (width_out, width_in)
+        for i in range(num):
+            weight = torch.empty(width_out, width_in, dtype=params_dtype, device=device)
+            self.register_parameter(f"weight{i}", torch.nn.Parameter(weight))
+
+    def forward(self, rows: Tensor, splits: list[int]) -> Tensor:
+        assert self.weight0.shape == self.shape
+        parts = enumerate(rows.split(splits))
+        return torch.cat([part @ getattr(self, f"weight{i}").t() for i, part in parts])
+
+
+def test_transformer_engine_is_given_our_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for its layer: an order of weights or a transpose that is wrong."""
+    engine = types.ModuleType("transformer_engine.pytorch")
+    monkeypatch.setattr(engine, "GroupedLinear", Linear, raising=False)
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
+    monkeypatch.setattr(experts_te, "why_not", lambda _: "")
+    experts_te._layer.cache_clear()
+    got, expected = run(torch.float64, "transformer_engine"), run(torch.float64, "loop")
+    experts_te._layer.cache_clear()
+    assert_leaves_close(got, expected)
+
+
+def test_an_engine_that_is_not_there_is_refused() -> None:
+    rows, gates, *weights = drawn(torch.float64)
+    with pytest.raises(ValueError, match=r"experts: no grouped product: (transf|it works on GPUs)"):
+        expert_rows(rows, gates, COUNTS, weights, F.swiglu, products="transformer_engine")
 
 
 @pytest.mark.parametrize("capacity", [None, 4, 9])

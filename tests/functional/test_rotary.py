@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers import DeepseekV3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import megatree.functional as F
+from megatree.functional.rotary import yarn_magnitude
 from tests.functional.check import assert_same, rand
 from tests.tolerances import RELATIVE, distance
 
@@ -45,6 +49,56 @@ def test_partial_rope_leaves_the_rest() -> None:
     out = F.rope(x, table)
     assert torch.equal(out[..., 4:], x[..., 4:])
     assert torch.equal(out[..., :4], F.rope(x[..., :4], table))
+
+
+def test_the_last_elements_may_turn() -> None:
+    table = F.rope_table(torch.arange(5), 4, dtype=torch.float64)
+    x = rand(2, 5, 3, 10)
+    out = F.rope(x, table, last=True)
+    assert torch.equal(out[..., :6], x[..., :6])
+    assert torch.equal(out[..., 6:], F.rope(x[..., 6:].contiguous(), table))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_neighbours_turn_as_deepseek_has_it(learned: bool) -> None:
+    """They lay what has turned out by halves, which no score sees; we leave it in place."""
+    table = F.rope_table(torch.arange(5), 8, dtype=torch.float64)
+
+    def theirs(x: Tensor, table: Tensor) -> Tensor:
+        cos, sin = (torch.cat([half, half], -1)[None] for half in table.chunk(2, -1))
+        out, _ = apply_rotary_pos_emb_interleave(x, x, cos, sin, unsqueeze_dim=2)
+        return torch.stack(out.chunk(2, -1), -1).flatten(-2)
+
+    x = rand(2, 5, 3, 8)
+    if learned:  # the table's gradient takes another path
+        assert_same(lambda x, t: F.rope(x, t, neighbours=True), theirs, x, table)
+    else:
+        ours = lambda x: F.rope(x, table, neighbours=True)  # noqa: E731
+        assert_same(ours, lambda x: theirs(x, table), x)
+
+
+@pytest.mark.parametrize(
+    "yarn", [(4.0, 32.0, 1.0, 4096.0), (40.0, 32.0, 1.0, 4096.0), (8.0, 2.0, 1.9, 64.0)]
+)
+def test_yarn_is_that_of_transformers(yarn: tuple[float, float, float, float]) -> None:
+    factor, fast, slow, length = yarn
+    config = DeepseekV3Config(
+        qk_rope_head_dim=64,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": factor, "beta_fast": fast,
+            "beta_slow": slow, "original_max_position_embeddings": int(length), "mscale": 0.7,
+            "mscale_all_dim": 1.0,
+        },
+    )  # fmt: skip
+    frequencies, magnitude = ROPE_INIT_FUNCTIONS["yarn"](config)
+    ours = yarn_magnitude(factor, 0.7) / yarn_magnitude(factor, 1.0)
+    assert magnitude == pytest.approx(ours, rel=1e-12)
+    places = torch.tensor([0, 1, 50, 1000])
+    table = F.rope_table(places, 64, yarn=yarn, magnitude=ours, dtype=torch.float64)
+    angles = places.double()[:, None] * frequencies.double()
+    expected = torch.cat([angles.cos(), angles.sin()], -1) * ours
+    assert distance(table, expected) < 1e-4  # their frequencies are float32
+    assert distance(table, F.rope_table(places, 64, dtype=torch.float64) * ours) > 1e-2
 
 
 def test_scores_depend_on_the_difference_of_positions() -> None:

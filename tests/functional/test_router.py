@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 import megatree.functional as F
-from megatree.functional.router import balance_loss, capacity_of, router_z_loss, updated_bias
+from megatree.functional.router import (
+    balance_loss,
+    bias_move,
+    capacity_of,
+    router_z_loss,
+    updated_bias,
+)
 
 # float32 there: the sums of 48 tokens in another order.
 CLOSE: dict[str, Any] = {"rtol": 2e-6, "atol": 2e-8}
@@ -125,6 +131,73 @@ def test_the_real_cases_of_megatron(name: str, goldens: Path) -> None:
         counts = torch.stack(per_step)
         assert torch.equal(counts.cumsum(0), arrays["tokens_per_expert_accumulated"])
         assert torch.equal(updated_bias(bias, counts.sum(0)), arrays["updated_expert_bias"])
+
+
+@pytest.mark.parametrize("name", ["sinkhorn_top1", "sinkhorn_top2"])
+def test_the_real_cases_of_sinkhorn(name: str, goldens: Path) -> None:
+    """The evened scores, the choice of them, weights that are those of the logits, gradients."""
+    case = json.loads((goldens / "cases.json").read_text())["cases"][name]
+    arrays = {k: torch.from_numpy(v) for k, v in np.load(goldens / f"{name}.npz").items()}
+    logits = arrays["logits"][0].transpose(0, 1).clone().requires_grad_()
+    even = F.sinkhorn(logits)
+    assert not even.requires_grad
+    torch.testing.assert_close(
+        by_token(even), arrays["sinkhorn_normalised"][0], rtol=1e-5, atol=1e-9
+    )
+    chosen = F.top_k(even, case["topk"])[1]
+    how: dict[str, Any] = {"score": "sigmoid"} if case["topk"] == 1 else {"pre_softmax": True}
+    probs = by_token(dense(F.weigh(logits, chosen, **how), chosen, case["experts"]))
+    torch.testing.assert_close(probs, arrays["probs"][0], **CLOSE)
+    assert torch.equal(probs > 0, arrays["routing_map"][0].bool())
+    grad = torch.autograd.grad((probs * arrays["grad_probs"][0]).sum(), logits)[0]
+    torch.testing.assert_close(
+        grad.transpose(0, 1), arrays["grad_logits_main"][0], rtol=2e-5, atol=1e-6
+    )
+
+
+def test_sinkhorn_evens_out_what_a_router_prefers() -> None:
+    """All tokens prefer expert 0; the choice of evened scores is a quarter each."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 200, 4, generator=g, dtype=torch.float64)
+    logits[..., 0] += 3.0
+    plain = F.expert_counts(F.top_k(logits, 1)[1], num_experts=4).sum(0)
+    even = F.sinkhorn(logits)
+    counts = F.expert_counts(F.top_k(even, 1)[1], num_experts=4).sum(0)
+    assert plain.max() > 300
+    assert counts.max() < 150
+    sums = even.sum((0, 1))
+    torch.testing.assert_close(sums, torch.full((4,), 0.25).double(), rtol=1e-3, atol=0)
+
+
+def test_weights_of_a_given_choice_are_those_of_the_router() -> None:
+    logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    for options in (
+        {},
+        {"pre_softmax": True, "normalise": True},
+        {"score": "sigmoid", "scale": 2.5},
+        {"score": "sqrtsoftplus"},
+    ):
+        weights, experts = F.route(logits, k=3, **options)  # type: ignore[arg-type]
+        assert torch.equal(F.weigh(logits, experts, **options), weights)  # type: ignore[arg-type]
+
+
+def test_jitter_is_even_in_its_range_and_a_function_of_its_key() -> None:
+    x = torch.full((100, 100), 2.0, dtype=torch.float64)
+    got = F.jitter(x, 7, rate=0.25) / 2
+    assert 0.75 <= got.min() < 0.76
+    assert 1.24 < got.max() < 1.25
+    assert got.mean().item() == pytest.approx(1.0, abs=0.005)
+    assert got.var().item() == pytest.approx(0.5**2 / 12, rel=0.02)
+    assert torch.equal(got, F.jitter(x, 7, rate=0.25) / 2)
+    assert not torch.equal(got, F.jitter(x, 8, rate=0.25) / 2)
+    with pytest.raises(ValueError, match=r"jitter: rate is 1\.0\. Give a rate in \(0, 1\)\."):
+        F.jitter(x, 7, rate=1.0)
+
+
+def test_a_bias_moves_by_the_sign_of_what_its_expert_lacks() -> None:
+    counts = torch.tensor([[5.0, 3.0, 4.0], [0.0, 0.0, 12.0]])
+    expected = torch.tensor([[-0.5, 0.5, 0.0], [0.5, 0.5, -0.5]])
+    assert torch.equal(bias_move(counts, rate=0.5), expected)
 
 
 def test_routing_is_in_float32_whatever_the_logits() -> None:
