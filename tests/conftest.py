@@ -10,6 +10,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # read when Triton is first imported
+    os.environ["TRITON_INTERPRET"] = "1"
 hypothesis.settings.register_profile("megatree", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("megatree")
 

@@ -31,6 +31,7 @@ class Convert:
         pipeline: pipeline ranks of --to megatron.
         vocab_divisor: tables of Megatron get a multiple of this many rows, times --tensor.
         shard_mb: most MB of a safetensors file.
+        box_mb: MB that are carried over at a time; some sixteen times as much is held.
     """
 
     source: Annotated[str, tyro.conf.Positional]
@@ -45,6 +46,7 @@ class Convert:
     pipeline: int = 1
     vocab_divisor: int = 128
     shard_mb: int = 5120
+    box_mb: int = 32
 
 
 ABOUT = "Convert a checkpoint between formats, a box at a time: memory does not grow with it."
@@ -68,6 +70,7 @@ def main(args: list[str]) -> int:
         pipeline=given.pipeline,
         vocab_divisor=given.vocab_divisor,
         shard_bytes=given.shard_mb * 1_000_000,
+        box_bytes=given.box_mb << 20,
     )
     plan = plan_conversion(given.source, options)
     if given.dry_run:
@@ -101,9 +104,15 @@ def _show(plan: object) -> None:
     kinds = {path: array.dtype for path, array in plan.opened.reader.arrays.items()}
     rows = {row.path: row for row in plan.rows}
     for path, leaf in sorted(plan.opened.leaves.items()):
-        bare = path.split(".", 2)[2] if path.startswith("opt.") else path.removeprefix("params.")
-        row = rows.get(bare)
-        name, foreign, part = (row.name, row.foreign, row.part) if row else (path, leaf.axes, "")
+        head, _, bare = path.partition(".")
+        if head == "opt":
+            entry, _, bare = bare.partition(".")
+            head = f"opt.{entry}"
+        row = rows.get(bare) if head == "params" or head in plan.starts else None
+        name, foreign, part = (path, leaf.axes, "") if path not in plan.unmapped else ("-", "", "")
+        if row and path not in plan.unmapped:
+            name = f"{plan.starts.get(head, '')}{row.name}"
+            foreign, part = row.foreign, row.part
         kind = str(kinds[path]).removeprefix("torch.")
         table.append((path, leaf.axes, kind, name, foreign, part))
     headings = ("leaf", "axes", "dtype", "tensor of the other format", "its axes", "part")

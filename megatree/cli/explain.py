@@ -25,14 +25,15 @@ class Explain:
 
     Args:
         config: the run.
-        unit: the segment, or the kind of block, whose program is printed.
+        unit: the segment, or the kind of block, whose program is printed; empty for the kind of the
+            first layer.
         layout: a saved layout, or a config.json: take mesh, rules, pipeline and context from it.
         against_jax: print the collectives that XLA's partitioner (GSPMD) chose beside ours; JAX
             compiles the unit for as many CPU devices as the mesh has ranks, and runs nothing.
     """
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    unit: str = "blocks.dense"
+    unit: str = ""
     layout: str = ""
     against_jax: bool = False
 
@@ -51,12 +52,12 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def explain(cfg: RunConfig, unit: str = "blocks.dense", *, against_jax: bool = False) -> None:
+def explain(cfg: RunConfig, unit: str = "", *, against_jax: bool = False) -> None:
     """Print the lowered program of a unit, and a table of its collectives.
 
     Args:
         cfg: the run.
-        unit: a segment, or a kind of block.
+        unit: a segment, or a kind of block; "" for the kind of the first layer.
         against_jax: print the table of `against_jax` too.
 
     Raises:
@@ -70,6 +71,7 @@ def explain(cfg: RunConfig, unit: str = "blocks.dense", *, against_jax: bool = F
     from megatree.recipes.build import layout_of_run, model_of
 
     program = lower_model(model_of(cfg), layout_of_run(cfg))
+    unit = unit or next(name for name, index, _ in program.order if index is not None)
     if unit not in program.units:
         raise ValueError(
             f"unit: the model has no {unit!r}{did_you_mean(unit, program.units)}. "

@@ -132,7 +132,7 @@ def advice(cfg: RunConfig, link: float = 0.0) -> "Recommendation":
         seq=cfg.model.seq_length,
         kv_heads=cfg.model.kv_heads // parts("kv_heads"),
         group=cfg.model.group // parts("group"),
-        head_dim=cfg.model.head_dim,
+        head_dim=cfg.model.head_dim + (cfg.model.rope_dim or 0),
         itemsize=DTYPES[cfg.dtype].itemsize,
     )
     return recommend(work, cfg.mesh.cp, bandwidth=link * 1e9 or None)
@@ -173,9 +173,18 @@ def print_plan(console: Console, made: "Plan", guess: "Estimate", device: str) -
     )
     if made.storage != "whole":
         console.print(f"Storage: {made.storage}{stored_whole(made)}", highlight=False)
+    if made.experts:
+        console.print(expert_lines(made), highlight=False)
     console.print(memory_table(made))
     console.print(collectives_table(made))
     console.print(f"Estimate on {device}: {guess}", highlight=False)
+
+
+def expert_lines(made: "Plan") -> str:
+    """Return what travels to experts and back; FLOPs are those of the experts that tokens take."""
+    total = f"Expert traffic: {made.expert_bytes / 2**20:,.1f} MiB leave a rank in a step"
+    twice = ", a forward to count choices first included" if made.surveys else ""
+    return "\n".join([total + twice, *(f"  {traffic}" for traffic in made.experts)])
 
 
 def stored_whole(made: "Plan") -> str:

@@ -47,7 +47,21 @@ def _step(fields: Mapping[str, Any]) -> list[str]:
         f"step {fields['step']:>6}  loss [bold]{fields['loss']:.4f}[/]  "
         f"grad norm {fields['grad_norm']:7.3f}  lr {fields['lr']:.2e}  "
         f"{fields['tokens_per_s']:>9,.0f} tokens/s  {fields['ms']:>7,.0f} ms"
-        + ("" if fields.get("mfu") is None else f"  {fields['mfu']:.1%} MFU")
+        + ("" if fields.get("mfu") is None else f"  {fields['mfu']:.1%} MFU"),
+        *_experts(fields),
+    ]
+
+
+def _experts(fields: Mapping[str, Any]) -> list[str]:
+    """Say how even the load of experts was, and what the loss is made of."""
+    if "experts" not in fields:
+        return []
+    load = fields["experts"]
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in fields["terms"].items())
+    return [
+        f"             experts: heaviest {load['max_load']:.2f} x the mean, lightest "
+        f"{load['min_load']:.2f} x, entropy {load['entropy']:.1%}, dropped {load['drops']:.1%}; "
+        f"terms: {terms}"
     ]
 
 
@@ -71,6 +85,34 @@ def _stopped(fields: Mapping[str, Any]) -> list[str]:
     return [f"step {fields['step']:>6}  asked to stop: {end}"]
 
 
+def _profile(fields: Mapping[str, Any]) -> list[str]:
+    """Lay a table out: time by kind of work beside what the device could do it in."""
+    lines = [
+        f"step {fields['step']:>6}  profile of {fields['num_steps']} steps, "
+        f"{fields['step_ms']:,.2f} ms each: {escape(fields['trace'])}",
+        f"  {'':<16}{'ms':>10}{'share':>8}{'ceiling ms':>12}{'above':>10}{'hidden':>10}",
+    ]
+    rows = fields["rows"]
+    above = {
+        row["kind"]: row["ms"] - (row["ceiling_ms"] or 0.0)
+        for row in rows
+        if row["kind"] == "idle" or row["ceiling_ms"] is not None
+    }
+    largest = max(above, key=lambda kind: above[kind]) if len(above) > 1 else None
+    for row in rows:
+        kind = row["kind"]
+        ceiling, over = _milliseconds(row["ceiling_ms"]), _milliseconds(above.get(kind))
+        hidden = _milliseconds(row["hidden_ms"]) if row["hidden_ms"] else ""
+        line = f"  {kind:<16}{row['ms']:>10,.2f}{row['share']:>8.1%}{ceiling:>12}{over:>10}"
+        line = f"{line}{hidden:>10}".rstrip()
+        lines.append(f"[bold]{line}[/]  <- the largest loss" if kind == largest else line)
+    return lines
+
+
+def _milliseconds(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:,.2f}"
+
+
 _LINES = {
     "start": _start,
     "step": _step,
@@ -78,6 +120,7 @@ _LINES = {
     "saved": _saved,
     "odd": _odd,
     "stopped": _stopped,
+    "profile": _profile,
 }
 
 

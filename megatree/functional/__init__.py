@@ -1,13 +1,16 @@
 """Maths on plain tensors and trees, and the vocabulary in which models are written."""
 
 from megatree.functional.activations import gelu, gelu_tanh, silu, squared_relu, swiglu
+from megatree.functional.ahead import ahead
 from megatree.functional.annotate import as_partial, shard
 from megatree.functional.attention import attention
+from megatree.functional.beside import beside
 from megatree.functional.casts import cast, stop_gradient
 from megatree.functional.contraction import einsum, linear, project
 from megatree.functional.dispatch import experts
 from megatree.functional.dropout import dropout
 from megatree.functional.embedding import embedding
+from megatree.functional.jitter import jitter
 from megatree.functional.keys import fold
 from megatree.functional.linear_loss import linear_cross_entropy
 from megatree.functional.local_map import Out, local_map
@@ -28,12 +31,16 @@ from megatree.functional.router import (
     expert_counts,
     route,
     router_probabilities,
+    weigh,
 )
+from megatree.functional.sinkhorn import sinkhorn
 
 __all__ = [
     "Out",
+    "ahead",
     "as_partial",
     "attention",
+    "beside",
     "cast",
     "cross_entropy",
     "cumsum",
@@ -46,6 +53,7 @@ __all__ = [
     "fold",
     "gelu",
     "gelu_tanh",
+    "jitter",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -61,10 +69,12 @@ __all__ = [
     "router_probabilities",
     "shard",
     "silu",
+    "sinkhorn",
     "softmax",
     "squared_relu",
     "stop_gradient",
     "sum",
     "swiglu",
     "top_k",
+    "weigh",
 ]

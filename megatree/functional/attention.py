@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from megatree.functional import flash_attn_4
 from megatree.functional.attention_blocks import blocks_of_whole_sources
 from megatree.functional.attention_kernels import TileKernel, varlen, varlen_fits
 from megatree.functional.attention_tiles import Mask
@@ -18,7 +19,7 @@ from megatree.functional.op import op
 from megatree.functional.transforms import only_reverse, plain
 
 Kernel = Literal[
-    "auto", "reference", "sdpa", "cpu_flash", "flash", "flash_attn", "cudnn", "efficient"
+    "auto", "reference", "sdpa", "cpu_flash", "flash", "flash_attn", "fa4", "cudnn", "efficient"
 ]
 
 
@@ -88,8 +89,9 @@ def attention(
         dropout: probability with which a weight is zeroed, by key and global element index.
         kernel: "reference" is plain torch, in float32 or better, for any derivative; "sdpa" the
             fused kernels of torch, which have no keyed dropout, no second derivative and (on CPU)
-            no forward mode; a name of `attention_kernels` that kernel; "auto" what can do what is
-            asked, fused where possible.
+            no forward mode; a name of `attention_kernels` that kernel; "fa4" FlashAttention 4 (see
+            `flash_attn_4.register`) for whole sequences without a mask of their own; "auto" what
+            can do what is asked, fused where possible.
 
     Returns:
         [b, t, kv_heads, group, value_dim]; zeros for a query that sees nothing.
@@ -123,6 +125,16 @@ def attention(
         source_positions = positions if source_positions is None else source_positions
         source_segment_ids = segment_ids if source_segment_ids is None else source_segment_ids
     chosen = _choose(kernel, dropout, (q, k, v))
+    if chosen == "fa4":
+        plain_rows = positions is None and source_positions is None and segment_ids is None
+        if parts > 1 or not plain_rows or window is not None or sinks is not None:
+            raise ValueError(
+                "attention: kernel 'fa4' runs here on whole sequences without positions, "
+                "documents, a window or sinks. Use kernel='auto'."
+            )
+        heads = (einsum("b t h k -> b h t k", x) for x in (q.flatten(2, 3), k, v))
+        out = flash_attn_4.attend(*heads, causal=causal, scale=scale)
+        return einsum("b h t k -> b t h k", out).unflatten(2, q.shape[2:4])
     # Plain positions of cut queries: tiles that need no mask.
     cut = parts > 1 and positions is None and mask.hides
     if chosen not in ("reference", "sdpa") or (

@@ -70,12 +70,16 @@ def choose_tile_kernel(
         if name == "cudnn" and torch.are_deterministic_algorithms_enabled():
             continue  # its backward adds in any order
         if not why[name]:
-            return Chosen(name, _REASONS[name])
+            padded = value_dim != head_dim and name in _EQUAL
+            note = f", values padded from {value_dim} to {head_dim}" if padded else ""
+            return Chosen(name, f"{_REASONS[name]}{note}")
     rest = "; ".join(f"{name} {reason}" for name, reason in why.items() if _on(name) == device)
     return Chosen("plain", rest or f"no fused kernel on {device}")
 
 
 _ORDER: tuple[TileKernel, ...] = ("cpu_flash", "cudnn", "flash_attn", "flash", "efficient")
+_EQUAL = ("cpu_flash", "flash", "flash_attn")
+"""Kernels whose values must be as wide as keys: narrower ones are padded with zeros."""
 _REASONS: dict[str, str] = {
     "cpu_flash": "the fused kernel of a CPU, returns its log-sum-exp",
     "cudnn": "half precision without a mask on Hopper or later",
@@ -95,8 +99,10 @@ def _unfit(
     """Return why a kernel cannot do it; "" if it can."""
     if _on(name) != device:
         return f"runs on {_on(name)}, not on {device}"
+    if value_dim > head_dim and name in _EQUAL:
+        return f"needs values no wider than keys ({head_dim})"
     if name == "cpu_flash":
-        return "" if head_dim == value_dim else f"needs values as wide as keys ({head_dim})"
+        return ""
     if name == "flash_attn" and not flash_attn_package.installed():
         return "is not installed"
     if name in ("flash", "flash_attn", "cudnn"):
@@ -104,7 +110,7 @@ def _unfit(
             return f"needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
         if masked:
             return "takes no mask"
-        if head_dim != value_dim:
+        if head_dim != value_dim and name == "cudnn":
             return f"needs values as wide as keys ({head_dim})"
         most = 128 if name == "cudnn" else 256
         if head_dim % 8 or head_dim > most:
@@ -141,6 +147,10 @@ def tile_forward(
     """
     if kernel == "plain":
         return _plain_forward(q, k, v, _seen(q, k, mask, causal), scale)
+    if kernel in _EQUAL and v.shape[-1] < q.shape[-1]:
+        width, v = v.shape[-1], _as_wide(v, q)
+        out, lse = tile_forward(kernel, q, k, v, mask, causal=causal, scale=scale)
+        return out[..., :width], lse
     if kernel == "cpu_flash":
         bias = _bias(mask, q.dtype)
         out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
@@ -194,6 +204,13 @@ def tile_backward(
     """
     if kernel == "plain":
         return _plain_backward(grad, q, k, v, out, lse, _seen(q, k, mask, causal), scale)
+    if kernel in _EQUAL and v.shape[-1] < q.shape[-1]:
+        width = v.shape[-1]
+        grad, v, out = (_as_wide(x, q) for x in (grad, v, out))
+        dq, dk, dv = tile_backward(
+            kernel, grad, q, k, v, out, lse, mask, causal=causal, scale=scale
+        )  # fmt: skip
+        return dq, dk, dv[..., :width]
     # exp(-inf - -inf) is NaN; a query that sees nothing has no weights, whatever its lse.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     if kernel == "cpu_flash":
@@ -246,7 +263,7 @@ def varlen(
     """Attend within documents of packed rows (and a window): flash attention's varlen form.
 
     Args:
-        q: [b, t, g, r, k]; k, v: [b, t, g, k].
+        q: [b, t, g, r, k]; k, v: [b, t, g, k], [b, t, g, w], w at most k.
         segment_ids: [t] or [b, t], rising along a row; None for a document per row.
         causal, window, scale: as in `attention`.
     """
@@ -256,6 +273,7 @@ def varlen(
     else:
         starts = cu_seqlens_of(segment_ids.expand(batch, length))
     reach = -1 if window is None else window - 1
+    width, v = v.shape[-1], _as_wide(v, q)
     found = _ATEN._flash_attention_forward(
         q.flatten(2, 3).flatten(0, 1),
         k.flatten(0, 1),
@@ -271,12 +289,17 @@ def varlen(
         window_size_left=reach,
         window_size_right=0 if causal else reach,
     )
-    return found[0].view(q.shape)
+    return found[0].view(q.shape)[..., :width]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which results merge: float32 or better."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _as_wide(x: Tensor, q: Tensor) -> Tensor:
+    """Pad the last dim with zeros to the width of a query."""
+    return torch.nn.functional.pad(x, (0, q.shape[-1] - x.shape[-1]))
 
 
 def _seen(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:

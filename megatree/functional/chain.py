@@ -31,6 +31,10 @@ class Block(Protocol):
         ...
 
 
+Move = Callable[[Mapping[str, Tensor], Any], Tensor]
+"""(metrics of a step, cfg) -> what is added to a leaf that is not trained."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Segment:
     """A link of a chain: a function with its own parameters.
@@ -39,6 +43,9 @@ class Segment:
         apply: the function (see `Block`).
         params: tree of Param, its own leaves.
         borrows: name in `w` -> path in the model's parameters ("embed.table"), for tied leaves.
+        moves: leaf that is not trained -> function of (the segment's metrics of a step, each with a
+            leading axis of microbatches, cfg) to what is added to the whole leaf after the step;
+            in a stack, of a layer.
         end: what runs instead of `apply` where a chain is made to end here (`Chain.up_to`), for a
             segment that else consumes what it computes; None: `apply`.
     """
@@ -46,9 +53,16 @@ class Segment:
     apply: Block
     params: Mapping[str, Any] = field(default_factory=dict)
     borrows: Mapping[str, str] = field(default_factory=dict)
+    moves: Mapping[str, Move] = field(default_factory=dict)
     end: Block | None = None
 
     def __post_init__(self) -> None:
+        for name in self.moves:
+            if name not in self.params or self.params[name].trained:
+                raise ValueError(
+                    f"Segment: moves names {name!r}, which is no leaf of its own that is not "
+                    "trained. Declare it as Param(..., trained=False)."
+                )
         both = sorted(set(self.params) & set(self.borrows))
         if both:
             raise ValueError(f"Segment: {both} are both own and borrowed. Rename one of them.")
@@ -106,7 +120,11 @@ class Chain:
         consts: function from (batch, cfg) to the consts that every segment sees.
         dtype: dtype of parameters that do not name one.
         eval_cfg: the configuration for evaluation if it differs (no dropout); the batch then has
-            no "key".
+            nothing that the step adds.
+        survey: batch entry -> metric of a kind of a stack ("blocks.moe.best") -> the row of the
+            entry that is the stack's layer 0. Rows [layers, ...] hold the metric's mean over all
+            microbatches of the step, which a first forward finds; all are zero where a step has one
+            microbatch.
     """
 
     segments: Mapping[str, Segment | Stack]
@@ -116,6 +134,23 @@ class Chain:
     consts: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]] = no_tables
     dtype: torch.dtype = torch.float32
     eval_cfg: Any = None
+    survey: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def added(self) -> frozenset[str]:
+        """The batch entries that the step adds to what data give."""
+        return frozenset({"key", *self.survey}) & set(self.batch)
+
+    @property
+    def moves(self) -> dict[str, Move]:
+        """Path of a leaf that is not trained -> what moves it after a step (`Segment.moves`)."""
+        out: dict[str, Move] = {}
+        for name, segment in self.segments.items():
+            kinds = segment.kinds if isinstance(segment, Stack) else {"": segment}
+            for kind, part in kinds.items():
+                prefix = f"{name}.{kind}" if kind else name
+                out |= {f"{prefix}.{leaf}": move for leaf, move in part.moves.items()}
+        return out
 
     @property
     def params(self) -> dict[str, Any]:
@@ -135,8 +170,8 @@ class Chain:
         """Return the model without what only training does; itself if there is no difference."""
         if self.eval_cfg is None:
             return self
-        batch = {name: array for name, array in self.batch.items() if name != "key"}
-        return replace(self, cfg=self.eval_cfg, batch=batch, eval_cfg=None)
+        batch = {name: array for name, array in self.batch.items() if name not in self.added}
+        return replace(self, cfg=self.eval_cfg, batch=batch, eval_cfg=None, survey={})
 
     def up_to(self, last: str) -> "Chain":
         """Return the chain that ends with the segment `last`."""

@@ -15,6 +15,11 @@ class Comm(Protocol):
     psum <-> psum, all_gather <-> psum_scatter, all_to_all reversed, ppermute(s) <-> ppermute(-s).
     """
 
+    @property
+    def plans(self) -> bool:
+        """Whether shapes are all there is: a body whose shapes depend on data assumes the mean."""
+        ...
+
     def axis_size(self, axis: str) -> int:
         """Return the number of ranks along a logical axis (1 where it is not cut)."""
         ...
@@ -57,6 +62,22 @@ class Comm(Protocol):
         """Exchange rows in unequal numbers: `send[i]` to rank i, `recv[i]` from it."""
         ...
 
+    def all_to_all_async(
+        self, x: Tensor, axis: str, split_dim: int, concat_dim: int
+    ) -> Callable[[], Tensor]:
+        """Start `all_to_all`; the returned function waits for what arrives.
+
+        In the backward the gradient sets off where this one arrived, and is waited for where it
+        set off: what is computed in between runs meanwhile both times.
+        """
+        ...
+
+    def all_to_all_v_async(
+        self, x: Tensor, axis: str, send: list[int], recv: list[int]
+    ) -> Callable[[], Tensor]:
+        """Start `all_to_all_v`; see `all_to_all_async`."""
+        ...
+
     def ppermute(self, x: Tensor, axis: str, shift: int) -> Tensor:
         """Hand to the rank `shift` places on, take from the one `shift` places back."""
         ...
@@ -68,6 +89,8 @@ class Comm(Protocol):
 
 class Single:
     """One device: every axis has size 1, every collective is the identity."""
+
+    plans = False
 
     def axis_size(self, axis: str) -> int:
         return 1
@@ -98,6 +121,16 @@ class Single:
 
     def all_to_all_v(self, x: Tensor, axis: str, send: list[int], recv: list[int]) -> Tensor:
         return x
+
+    def all_to_all_async(
+        self, x: Tensor, axis: str, split_dim: int, concat_dim: int
+    ) -> Callable[[], Tensor]:
+        return lambda: x
+
+    def all_to_all_v_async(
+        self, x: Tensor, axis: str, send: list[int], recv: list[int]
+    ) -> Callable[[], Tensor]:
+        return lambda: x
 
     def ppermute(self, x: Tensor, axis: str, shift: int) -> Tensor:
         return x

@@ -27,9 +27,16 @@ def keep(
         rate: probability in [0, 1).
         device: where to draw.
     """
+    return keys.keep_mask(key, held_index(comm, labels, shape, device), rate)
+
+
+def held_index(
+    comm: Comm, labels: tuple[str, ...], shape: tuple[int, ...], device: torch.device
+) -> Int[Tensor, "..."]:
+    """Return the global row-major index of every element that a rank holds; see `keep`."""
     sizes = tuple(n * comm.axis_size(a) for a, n in zip(labels, shape, strict=True))
     held = tuple(comm.ranges(a, n) for a, n in zip(labels, shape, strict=True))
-    return keys.keep_mask(key, _index(sizes, held, device), rate)
+    return _index(sizes, held, device)
 
 
 def _index(

@@ -20,7 +20,10 @@ _WHOLE: dict[str, Any] = {
 @cache
 def installed() -> bool:
     """Whether the package is there."""
-    return importlib.util.find_spec("flash_attn") is not None
+    # The package flash-attn-4 has a flash_attn of its own, without this module.
+    if importlib.util.find_spec("flash_attn") is None:
+        return False
+    return importlib.util.find_spec("flash_attn.flash_attn_interface") is not None
 
 
 def forward(

@@ -74,6 +74,11 @@ def keep_mask(key: Key, index: Tensor, rate: float) -> Tensor:
     return _shift(bits(key, index), 33) >= round(rate * (1 << 31))
 
 
+def uniform(key: Key, index: Tensor) -> Tensor:
+    """Return float64 numbers, drawn evenly from [0, 1), for every global element index."""
+    return _shift(bits(key, index), 11).to(torch.float64) * 2.0**-53
+
+
 @functools.cache
 def _quantiles() -> Tensor:
     """Knots of the normal quantile function, scaled so that linear interpolation has variance 1."""

@@ -1,6 +1,7 @@
 """A product and its cross-entropy in one op: logits and their gradients live a chunk at a time."""
 
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +13,9 @@ from megatree.functional.loss import IGNORE, cross_entropy
 from megatree.functional.op import op
 from megatree.functional.transforms import plain
 
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
-"""Logits of a chunk by default: what stays in a CPU's cache; what fills a GPU (256 MiB of bf16)."""
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 29, "meta": 1 << 29}
+"""Most logits of a chunk by default: what stays in a CPU's cache; what fills a GPU (1 GiB of
+bf16; every chunk adds to the table's gradient once), which is what plans are made for."""
 
 CHUNK_ROWS = 128
 """Fewest positions of a chunk by default: every chunk reads and writes the table's gradient."""
@@ -66,12 +68,24 @@ def linear_cross_entropy(
         nll = cross_entropy.rule.fn(comm, logits, labels, num_classes=classes)  # type: ignore[attr-defined]
         return (nll * weights).sum()
     if chunk is None:
-        most = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cpu"])
-        chunk = max(CHUNK_ROWS, most // table.shape[0])
+        chunk = _even_chunk(x.numel() // x.shape[-1], table)
     wants = tuple(torch.is_grad_enabled() and z.requires_grad for z in (x, table, weights))
     if not any(wants):
         return _form(comm, x, table, labels, weights, classes, chunk, wants)[0]
-    return _Formed.apply(x, table, labels, weights, comm, classes, chunk, wants)
+    return _formed(x, table, labels, weights, comm, classes, chunk, wants)
+
+
+def _even_chunk(num_rows: int, table: Tensor) -> int:
+    """Return positions per chunk such that chunks are alike, and multiples of a product's tile."""
+    elements = CHUNK_ELEMENTS.get(table.device.type, CHUNK_ELEMENTS["cpu"])
+    most = max(CHUNK_ROWS, elements // table.shape[0])
+    even = -(-num_rows // max(1, -(-num_rows // most)))
+    return -(-even // CHUNK_ROWS) * CHUNK_ROWS
+
+
+@torch.compiler.disable  # it is a loop over products and kernels of its own: nothing to fuse
+def _formed(*args: Any) -> Tensor:
+    return _Formed.apply(*args)
 
 
 class _Formed(torch.autograd.Function):
@@ -125,16 +139,15 @@ def _form(
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
         logits = torch.nn.functional.linear(rows[part], table)
-        nll, p, label = _probabilities(comm, logits.to(dtype), ids[part], classes)
+        factor = factors[part].masked_fill(ids[part] == IGNORE, 0.0).to(dtype)
+        wants_p = grad_rows is not None or wants_table
+        softmax = _by_kernel if _has_kernel(logits) else _by_torch
+        nll, p = softmax(comm, logits, ids[part], classes, factor if wants_p else None)
         loss += (nll * factors[part]).sum()
         if losses is not None and comm.axis_index("v") == 0:
             losses[part] = nll
-        if grad_rows is None and not wants_table:
+        if p is None:
             continue
-        factor = factors[part].masked_fill(ids[part] == IGNORE, 0.0).to(dtype).unsqueeze(-1)
-        p *= factor
-        p.scatter_add_(-1, label.place, torch.where(label.here, -factor, 0.0))
-        p = p.to(table.dtype)
         if grad_rows is not None:
             torch.mm(p, table, out=grad_rows[part])
         if wants_table:
@@ -151,20 +164,50 @@ def _form(
     )
 
 
-class _Label(NamedTuple):
-    """Where labels are among a rank's columns, and whether they are there."""
-
-    place: Tensor
-    here: Tensor
+def _has_kernel(logits: Tensor) -> bool:
+    """Whether the Triton kernels do these logits: on a GPU, no wider than float32."""
+    return logits.is_cuda and logits.dtype != torch.float64 and find_spec("triton") is not None
 
 
-def _probabilities(
-    comm: Comm, logits: Tensor, labels: Tensor, classes: int
-) -> tuple[Tensor, Tensor, _Label]:
-    """Return losses, probabilities (in the memory of the wide logits) and the labels' places."""
-    width = logits.shape[-1]
-    start = comm.axis_index("v") * width
-    num_real = min(max(classes - start, 0), width)
+def _by_kernel(
+    comm: Comm, logits: Tensor, labels: Tensor, classes: int, factor: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `_by_torch` does in two passes over the logits."""
+    from megatree.functional import softmax_kernel
+
+    start, num_real = _columns(comm, logits.shape[-1], classes)
+    top, total, own = softmax_kernel.statistics(logits, labels, start=start, num_real=num_real)
+    if comm.axis_size("v") > 1:
+        most = comm.pmax(top, "v")
+        sums = torch.stack([total * (top - most).exp(), (own - most).nan_to_num(neginf=0.0)])
+        total, label = comm.psum(sums, "v").unbind()
+        top = most
+    else:
+        label = own - top
+    nll = (total.log() - label).masked_fill(labels == IGNORE, 0.0)
+    if factor is None:
+        return nll, None
+    softmax_kernel.gradient_in_place(
+        logits, labels, top, total.contiguous(), factor, start=start, num_real=num_real
+    )
+    return nll, logits
+
+
+def _by_torch(
+    comm: Comm, logits: Tensor, labels: Tensor, classes: int, factor: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return losses, and factor * (softmax - one-hot) in the dtype of the logits if wanted.
+
+    Args:
+        comm: over "v", along which the logits may be cut.
+        logits: [n, width], used up.
+        labels: [n], global.
+        classes: number of columns, over all ranks, that are classes.
+        factor: [n], of the gradient, 0 where the label is ignored.
+    """
+    narrow = logits.dtype
+    logits = logits.to(torch.promote_types(narrow, torch.float32))
+    start, num_real = _columns(comm, logits.shape[-1], classes)
     ignored = labels == IGNORE
     cut = comm.axis_size("v") > 1
     local = labels - start
@@ -172,7 +215,7 @@ def _probabilities(
     place = local.masked_fill(~here, 0).unsqueeze(-1)
     # Only the real columns, so that a label beyond them is out of bounds.
     own = logits[:, : num_real or 1].gather(-1, place).squeeze(-1)
-    if num_real < width:
+    if num_real < logits.shape[-1]:
         logits[:, num_real:] = -torch.inf
     top = comm.pmax(logits.amax(-1), "v") if cut else logits.amax(-1)
     own = (own - top).masked_fill(~here, 0.0)
@@ -180,9 +223,20 @@ def _probabilities(
     total, label = p.sum(-1), own
     if cut:  # one message for both sums: the normaliser and the label's logit, which one rank has
         total, label = comm.psum(torch.stack([total, own]), "v").unbind()
-    p /= total.unsqueeze(-1)
     nll = (total.log() - label).masked_fill(ignored, 0.0)
-    return nll, p, _Label(place, here.unsqueeze(-1))
+    if factor is None:
+        return nll, None
+    p /= total.unsqueeze(-1)
+    factor = factor.unsqueeze(-1)
+    p *= factor
+    p.scatter_add_(-1, place, torch.where(here.unsqueeze(-1), -factor, 0.0))
+    return nll, p.to(narrow)
+
+
+def _columns(comm: Comm, width: int, classes: int) -> tuple[int, int]:
+    """Return the global number of this rank's first column, and how many are classes."""
+    start = comm.axis_index("v") * width
+    return start, min(max(classes - start, 0), width)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, *, wide: bool) -> Tensor:

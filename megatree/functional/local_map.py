@@ -44,6 +44,8 @@ class LocalMap:
     static: bool
     single_output: bool
     any_order: bool = False
+    flops: Callable[[Sequence[tuple[int, ...]]], int] | None = None
+    advice: str = ""
 
     @property
     def name(self) -> str:
@@ -60,6 +62,8 @@ def local_map(
     reference: Callable[..., Any] | None = None,
     static: bool = True,
     any_order: bool = False,
+    flops: Callable[[Sequence[tuple[int, ...]]], int] | None = None,
+    advice: str = "",
 ) -> Callable[..., Any]:
     """Wrap `fn(comm, *local)` so that it runs on local shards: the escape hatch and the research
     door.
@@ -80,6 +84,10 @@ def local_map(
         static: whether output shapes follow from input shapes; False for data-dependent bodies.
         any_order: promise that the body does not look at the order of elements along cut axes (no
             neighbours, no offsets), so that it may run on a sequence in zigzag order.
+        flops: shapes of the operands, of one rank or of the whole mesh -> FLOPs of the products in
+            a forward there, for plans; None counts none.
+        advice: what a user of the body should do about rules under which an output would vary over
+            an axis that it does not name; "" says what its author should.
 
     Returns:
         A function of the operands.
@@ -101,6 +109,8 @@ def local_map(
         static=static,
         single_output=single,
         any_order=any_order,
+        flops=flops,
+        advice=advice,
     )
 
     @functools.wraps(fn)

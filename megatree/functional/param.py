@@ -69,6 +69,9 @@ class Param:
         dtype: dtype of the leaf; None takes the model's.
         pad: the first dim is allocated at the next multiple of this (the extra rows are zero, take
             part in nothing, and are stripped from checkpoints).
+        trained: whether gradients reach it and the optimizer moves it. One that is not trained is a
+            buffer of the model: kept in checkpoints, and moved after a step by what its segment
+            says (`Segment.moves`).
         stack: number of layers if the first axis is "layers" (set by a Stack); `pad` then concerns
             the second dim.
     """
@@ -78,6 +81,7 @@ class Param:
     dtype: torch.dtype | None = None
     pad: int = 1
     stack: int | None = None
+    trained: bool = True
 
     def __post_init__(self) -> None:
         axis_names(self.axes, "Param")
@@ -159,7 +163,10 @@ def num_elements(tree: Any, sizes: Mapping[str, int]) -> int:
     """Count the learned elements of a Param tree, padding excluded."""
     counts: list[int] = []
     map_with_names(
-        lambda name, leaf: counts.append(math.prod(logical_shape(leaf, sizes, name))), tree
+        lambda name, leaf: counts.append(
+            math.prod(logical_shape(leaf, sizes, name)) * leaf.trained
+        ),
+        tree,
     )
     return sum(counts)
 

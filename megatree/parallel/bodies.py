@@ -77,6 +77,7 @@ class ShapeComm(RankComm):
     calls: list[BodyCall] = field(default_factory=list)
     phase: str = "forward"
     device: Any = "meta"
+    plans: bool = True
 
     def _note(self, kind: str, x: Tensor, axes: Axes) -> None:
         self.calls.append(BodyCall(kind, axes, x.numel() * x.element_size(), self.phase))
@@ -137,7 +138,7 @@ def trace_body(tracer: "Tracer", spec: LocalMap, operands: Sequence[Any]) -> Any
     table = {name: tracer.layout.axes(name) for name in sorted(names)}
     locals_, calls = _try_body(tracer, spec, table, operands, place) if spec.static else (None, [])
     types = [
-        _output_type(tracer, out, i, operands, touched, locals_, place)
+        _output_type(tracer, spec, out, i, operands, touched, locals_, place)
         for i, out in enumerate(spec.out_axes)
     ]
     plains = [torch.empty(ty.shape, dtype=ty.dtype, device="meta") for ty in types]
@@ -269,6 +270,7 @@ def _try_body(
 
 def _output_type(
     tracer: "Tracer",
+    spec: LocalMap,
     out: Out,
     number: int,
     operands: Sequence[TypedTensor],
@@ -277,8 +279,8 @@ def _output_type(
     place: str,
 ) -> ShardType:
     names = axis_names(out.axes, place)
-    spec = tuple(tracer.layout.axes(name) for name in names)
-    cuts = [math.prod(tracer.mesh_sizes[a] for a in axes) for axes in spec]
+    cut_by = tuple(tracer.layout.axes(name) for name in names)
+    cuts = [math.prod(tracer.mesh_sizes[a] for a in axes) for axes in cut_by]
     dtype = operands[0].type_.dtype
     if locals_ is not None:
         local = locals_[number]
@@ -302,7 +304,7 @@ def _output_type(
     kinds: dict[str, str] = {}
     for state, axes in ((P, out.partial), (R, out.replicated)):
         kinds.update({a: state for name in axes for a in tracer.layout.axes(name)})
-    used = {a for axes in spec for a in axes}
+    used = {a for axes in cut_by for a in axes}
     if both := [a for a in kinds if a in used]:
         raise ShardingError(
             f"{place}: output {number} ({out.axes!r}) is cut over mesh axis {both[0]!r}, and "
@@ -311,14 +313,16 @@ def _output_type(
         )
     silent = [a for a in touched if a not in used and a not in kinds]
     if silent:
+        advice = spec.advice or (
+            "Name the logical axis in the output's dims, in Out(partial=...) or in "
+            "Out(replicated=...)."
+        )
         raise ShardingError(
             f"{place}: output {number} ({out.axes!r}) does not say what it is over mesh axis "
-            f"{silent[0]!r}, on which an input or another output varies. Name the logical "
-            f"axis in the output's dims, "
-            "in Out(partial=...) or in Out(replicated=...)."
+            f"{silent[0]!r}, on which an input or another output varies. {advice}"
         )
     grad = out.grad and dtype.is_floating_point and any(x.type_.grad for x in operands)
     permuted = tracer.layout.permuted(names)
     return make_type(
-        shape, dtype, spec, tracer.mesh_sizes, kinds=kinds, grad=grad, permuted=permuted
+        shape, dtype, cut_by, tracer.mesh_sizes, kinds=kinds, grad=grad, permuted=permuted
     )

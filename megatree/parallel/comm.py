@@ -23,6 +23,7 @@ class RankComm:
     sizes: Mapping[str, int]
     coords: Mapping[str, int]
     device: Any  # torch.device, which type checkers take for a descriptor
+    plans: bool = False  # whether it moves shapes alone
 
     def at(self, source: str) -> "RankComm":
         """Return the comm for calls of a line of the user's program, see `runtime.recorded`."""
@@ -67,6 +68,20 @@ class RankComm:
     def ppermute_async(self, x: Tensor, axes: Axes, shift: int) -> Callable[[], Tensor]:
         """Start `ppermute`; `x` may not be written before the returned function has waited."""
         y = self.ppermute(x, axes, shift)
+        return lambda: y
+
+    def all_to_all_async(
+        self, x: Tensor, axes: Axes, split_dim: int, concat_dim: int
+    ) -> Callable[[], Tensor]:
+        """Start `all_to_all`; `x` may not be written before the returned function has waited."""
+        y = self.all_to_all(x, axes, split_dim, concat_dim)
+        return lambda: y
+
+    def all_to_all_v_async(
+        self, x: Tensor, axes: Axes, send: list[int], recv: list[int]
+    ) -> Callable[[], Tensor]:
+        """Start `all_to_all_v`; `x` may not be written before the returned function has waited."""
+        y = self.all_to_all_v(x, axes, send, recv)
         return lambda: y
 
     def prepare_members(self, axis: str, members: tuple[int, ...]) -> None:
@@ -175,6 +190,76 @@ class _Collective(torch.autograd.Function):
         return dual(comm, g.contiguous(), axes, *dual_args), None, None, None, None
 
 
+def all_to_all_async(
+    comm: RankComm, x: Tensor, axes: Axes, split_dim: int, concat_dim: int
+) -> Callable[[], Tensor]:
+    """Start `all_to_all`."""
+    return comm.all_to_all_async(x, axes, split_dim, concat_dim)
+
+
+def all_to_all_v_async(
+    comm: RankComm, x: Tensor, axes: Axes, send: list[int], recv: list[int]
+) -> Callable[[], Tensor]:
+    """Start `all_to_all_v`."""
+    return comm.all_to_all_v_async(x, axes, send, recv)
+
+
+STARTS: dict[Callable[..., Tensor], Callable[..., Callable[[], Tensor]]] = {
+    all_to_all: all_to_all_async,
+    all_to_all_v: all_to_all_v_async,
+}
+"""Collective -> what starts it."""
+
+
+class _Flight:
+    """A collective on its way, and later its gradient on the way back."""
+
+    def __init__(self, comm: RankComm, fn: Callable[..., Tensor], axes: Axes, args: Any) -> None:
+        self.comm, self.fn, self.axes, self.args = comm, fn, axes, args
+        self.wait: Callable[[], Tensor] | None = None
+
+    def leave(self, x: Tensor) -> None:
+        self.wait = STARTS[self.fn](self.comm, x.contiguous(), self.axes, *self.args)
+
+    def leave_back(self, g: Tensor) -> None:
+        dual, args = DUALS[self.fn](*self.args)
+        self.wait = STARTS[dual](self.comm, g.contiguous(), self.axes, *args)
+
+    def arrive(self) -> Tensor:
+        assert self.wait is not None, "nothing is on its way"
+        wait, self.wait = self.wait, None
+        return wait()
+
+
+class _Leave(torch.autograd.Function):
+    """The start of a flight; returns a token without memory. Its backward waits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight, ctx.shape = flight, x.shape
+        flight.leave(x)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.flight.arrive().view(ctx.shape), None
+
+
+class _Arrive(torch.autograd.Function):
+    """The end of a flight. Its backward starts the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.arrive()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,) = grads
+        ctx.flight.leave_back(g)
+        return g.new_zeros(()), None
+
+
 class BodyComm:
     """What a body or an op receives: differentiable collectives over its own axis names."""
 
@@ -190,6 +275,10 @@ class BodyComm:
                 f"comm: {axis!r} is not an axis of this body (it has {', '.join(self.table)}). "
                 "Name it in in_axes, out_axes or over."
             ) from None
+
+    @property
+    def plans(self) -> bool:
+        return self.comm.plans
 
     def axis_size(self, axis: str) -> int:
         return self.comm.size(self.axes(axis))
@@ -230,6 +319,26 @@ class BodyComm:
         self, x: Tensor, axis: str, send: Sequence[int], recv: Sequence[int]
     ) -> Tensor:
         return self._run(all_to_all_v, x, axis, list(send), list(recv))
+
+    def _start(
+        self, fn: Callable[..., Tensor], x: Tensor, axis: str, *args: Any
+    ) -> Callable[[], Tensor]:
+        axes = self.axes(axis)
+        if not axes:
+            return lambda: x
+        flight = _Flight(self.comm, fn, axes, args)
+        token = _Leave.apply(x, flight)
+        return lambda: _Arrive.apply(token, flight)
+
+    def all_to_all_async(
+        self, x: Tensor, axis: str, split_dim: int, concat_dim: int
+    ) -> Callable[[], Tensor]:
+        return self._start(all_to_all, x, axis, split_dim, concat_dim)
+
+    def all_to_all_v_async(
+        self, x: Tensor, axis: str, send: Sequence[int], recv: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        return self._start(all_to_all_v, x, axis, list(send), list(recv))
 
     def ppermute(self, x: Tensor, axis: str, shift: int) -> Tensor:
         return self._run(ppermute, x, axis, shift)

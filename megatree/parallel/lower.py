@@ -155,7 +155,7 @@ def add_input(
     spec = tracer.layout.spec(leaf.names, shape, name)
     leaf_dtype = leaf.dtype or dtype
     learned = isinstance(leaf, Param) and leaf_dtype.is_floating_point
-    grad = learned or (isinstance(leaf, Array) and leaf.grad)
+    grad = (learned and leaf.trained) or (isinstance(leaf, Array) and leaf.grad)
     permuted = tracer.layout.permuted(leaf.names)
     if permuted and isinstance(leaf, Param):
         raise ShardingError(

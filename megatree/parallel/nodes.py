@@ -19,6 +19,11 @@ def move_args(node: fx.Node) -> tuple[fx.Node, ShardType, ShardType]:
     return cast(tuple[fx.Node, ShardType, ShardType], node.args)
 
 
+def operands(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Return a node's arguments, of which the caller knows that they are nodes."""
+    return cast(tuple[fx.Node, ...], node.args)
+
+
 def set_args(node: fx.Node, *args: Any) -> None:
     """Replace a node's arguments."""
     node.args = args

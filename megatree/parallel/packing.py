@@ -11,6 +11,7 @@ from torch import Tensor
 from megatree.functional.tree import flatten_with_names
 from megatree.parallel.layout import spec_box
 from megatree.parallel.model import ModelProgram
+from megatree.parallel.siblings import in_order
 from megatree.parallel.storage import LEVELS, Storage
 from megatree.parallel.types import ShardType
 
@@ -63,6 +64,7 @@ class Group:
         holders: pipeline ranks that hold a copy, if several do (a tied leaf).
         rule: what an optimizer should know of the leaves.
         dtype: dtype of the leaves.
+        trained: whether the leaves have gradients (see `Param`).
     """
 
     name: str
@@ -76,6 +78,7 @@ class Group:
     holders: tuple[int, ...]
     rule: Hashable
     dtype: torch.dtype
+    trained: bool = True
 
     @property
     def num_rows(self) -> int:
@@ -245,9 +248,12 @@ def pack(
             copies = math.prod(sizes[axis] for axis, _ in ty.kinds)
             holders = program.holders(path, 0)
             holders = holders if layers is None and len(holders) > 1 else ()
-            dim, stored = stored_cut(ty, storage, sizes)
+            trained = ty.grad or not ty.dtype.is_floating_point
+            dim, stored = stored_cut(ty, storage, sizes) if trained else (0, Storage())
             told = rule(path, len(ty.shape))
-            key = (unit, layers, program.sync[path], stored, copies, holders, told, ty.dtype)
+            key = (
+                unit, layers, program.sync[path], stored, copies, holders, told, ty.dtype, trained
+            )  # fmt: skip
             found.setdefault(key, []).append((path, dim))
     groups = tuple(_group(program, key, paths) for key, paths in found.items())
     assert len({group.name for group in groups}) == len(groups), "two rules print alike"
@@ -255,16 +261,17 @@ def pack(
 
 
 def _group(program: ModelProgram, key: tuple[Any, ...], paths: list[tuple[str, int]]) -> Group:
-    unit, layers, sync, stored, copies, holders, rule, dtype = key
+    unit, layers, sync, stored, copies, holders, rule, dtype, trained = key
     sizes = program.layout.sizes
-    start, leaves = 0, []
-    for path, dim in paths:
+    start, leaves, dims = 0, [], dict(paths)
+    for path in in_order(program, unit, dims):
         shape = program.types[path].local_shape(sizes)
-        leaves.append(Leaf(path=path, start=start, shape=shape, dim=dim))
+        leaves.append(Leaf(path=path, start=start, shape=shape, dim=dims[path]))
         start += math.prod(shape)
     name = [unit, ".".join(sync) or "none", str(copies), str(rule), str(dtype)[6:]]
     name += [f"held by {holders}"] if holders else []
     name += [f"stored by {stored}"] if stored else []
+    name += [] if trained else ["not trained"]
     parts = [math.prod(sizes[axis] for axis in getattr(stored, level)) for level in LEVELS]
     return Group(
         name=":".join(name),
@@ -278,6 +285,7 @@ def _group(program: ModelProgram, key: tuple[Any, ...], paths: list[tuple[str, i
         holders=holders,
         rule=rule,
         dtype=dtype,
+        trained=trained,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megatree.functional.chain import Chain
 from megatree.functional.tree import flatten_with_names
-from megatree.models.gpt import gpt
+from megatree.models.decoder import decoder
 from megatree.parallel.context import AllGather, Ring, Ulysses
 from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.loss_scale import DynamicLossScale, LossScale, StaticLossScale
@@ -124,7 +124,7 @@ def check_pipeline(cfg: RunConfig) -> None:
 
 def model_of(cfg: RunConfig, *, entries: Collection[str] | None = None) -> Chain:
     """Return the model for one microbatch; it reads the entries of the run's data, or of others."""
-    return gpt(
+    return decoder(
         cfg.model,
         batch_size=cfg.train.microbatch,
         dtype=DTYPES[cfg.dtype],
@@ -183,7 +183,7 @@ def rules_of(cfg: RunConfig, model: Chain) -> Callable[[str, int], LeafRule]:
         lr = next((x for pattern, x in opt.lr_of.items() if fnmatchcase(path, pattern)), 1.0)
         decays = num_dims >= 2 and not any(fnmatchcase(path, p) for p in opt.no_decay)
         matrix = opt.kind == "muon" and num_dims >= 2 and path.startswith("blocks.")
-        out = matrix and path.rpartition(".")[2] in ("wo", "w_down")
+        out = matrix and path.rpartition(".")[2] in ("wo", "w_down", "shared_down")
         return LeafRule(lr=lr, decay=float(decays), matrix=matrix, columns_are_inputs=not out)
 
     return rule

@@ -13,6 +13,7 @@ from megatree.recipes.config import RunConfig
 from megatree.runtime.determinism import check_kernels, deterministic
 from megatree.runtime.health import Health
 from megatree.runtime.processes import GroupBoard, under_torchrun
+from megatree.runtime.product_precision import product_precision
 from megatree.runtime.recorded import Recorder
 from megatree.runtime.signals import StopRequest
 from megatree.runtime.train import Care
@@ -45,7 +46,7 @@ def group_timeout(cfg: RunConfig) -> float:
 def caring(
     cfg: RunConfig, mesh: Mesh, world: World, recorder: Recorder, device: torch.device
 ) -> Generator[Care]:
-    """Look after a run while it goes on: its bits, its signals, its ranks.
+    """Look after a run while it goes on: its bits and products, its signals, its ranks.
 
     Args:
         cfg: the run.
@@ -56,6 +57,8 @@ def caring(
     """
     with ExitStack() as stack:
         stack.enter_context(deterministic(cfg.deterministic, device=device))
+        said = cfg.precision
+        stack.enter_context(product_precision(said.matmul, narrow_sums=said.narrow_sums))
         if cfg.health.hang_s and world.size == mesh.num_ranks > 1:
             stack.enter_context(_watchdog(cfg, mesh, world, recorder))
         numbers = [signal.Signals[name] for name in cfg.health.stop_on]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatree.models.gpt_config import GPTConfig
+from megatree.models.moe_config import MoEConfig
 from megatree.recipes.checkpoint_config import CheckpointConfig
 from megatree.recipes.data_config import DataConfig
 from megatree.recipes.health_config import HealthConfig, LogConfig
@@ -29,22 +30,26 @@ class MeshConfig:
     Args:
         pp: pipeline ranks: each holds stages of layers.
         dp: data parallel ranks: each takes its rows of every microbatch.
+        ep: expert parallel ranks: each holds its part of the experts, and takes its rows of every
+            microbatch as those of dp do (so there are dp * ep data parallel ranks, and dp copies of
+            an expert).
         cp: context parallel ranks: each takes its part of every sequence.
         tp: tensor parallel ranks: each holds its part of every weight matrix.
     """
 
     pp: int = 1
     dp: int = 1
+    ep: int = 1
     cp: int = 1
     tp: int = 1
 
     def __post_init__(self) -> None:
-        _positive("mesh", pp=self.pp, dp=self.dp, cp=self.cp, tp=self.tp)
+        _positive("mesh", pp=self.pp, dp=self.dp, ep=self.ep, cp=self.cp, tp=self.tp)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Mesh axis -> size; pp and cp only if there is a pipeline or a cut sequence."""
-        every = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}
+        """Mesh axis -> size; pp, ep and cp only if they have ranks."""
+        every = {"pp": self.pp, "dp": self.dp, "ep": self.ep, "cp": self.cp, "tp": self.tp}
         return {axis: n for axis, n in every.items() if n > 1 or axis in ("dp", "tp")}
 
     @property
@@ -110,6 +115,33 @@ def megatron_rules(*, sequence_parallel: bool = False) -> dict[str, tuple[str, .
         "ffn": ("tp",),
         "vocab": ("tp",),
     }
+
+
+def moe_rules(
+    model: MoEConfig, *, sequence_parallel: bool = False, expert_tensor: bool = False
+) -> dict[str, tuple[str, ...]]:
+    """Return the usual rules of a model with experts: those of `megatron_rules`, the batch over dp
+    and ep, experts over ep.
+
+    Args:
+        model: rules are for the axes that it has.
+        sequence_parallel: see `megatron_rules`.
+        expert_tensor: cut every expert over tp; else its tp ranks are copies, each of which takes
+            its part of the tokens.
+    """
+    rules = {
+        **megatron_rules(sequence_parallel=sequence_parallel),
+        "batch": ("dp", "ep"),
+        "experts": ("ep",),
+        "expert_ffn": ("tp",) if expert_tensor else (),
+        "seq_moe": ("cp",) if expert_tensor else ("cp", "tp"),
+    }
+    if model.shared_ffn is not None:
+        apart = expert_tensor or not model.overlap_shared
+        rules["shared_ffn"] = ("tp",) if apart else ()
+    if "dense" not in model.pattern:
+        del rules["ffn"]
+    return rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +251,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_rules(self.rules, self.mesh)
+        check_experts(self.model, self.rules, self.mesh)
         self.log.tensorboard_dir(self.checkpoint.dir)
         sizes = self.mesh.sizes
         parts = math.prod(sizes.get(axis, 1) for axis in self.rules.get("batch", ()))
@@ -235,7 +268,8 @@ class RunConfig:
                 f"{self.train.eval_every}. Set data.split to 969,30,1, or train.eval_every to 0."
             )
         for level, axes in zip(("params", "grads", "opt"), self.storage.axes, strict=True):
-            if wrong := [axis for axis in axes if axis not in (*self.mesh.sizes, "dp", "cp", "tp")]:
+            known = (*self.mesh.sizes, "dp", "ep", "cp", "tp")
+            if wrong := [axis for axis in axes if axis not in known]:
                 raise ValueError(
                     f"storage.{level}: the mesh has no axis {wrong[0]!r} to cut over. Use "
                     f"{' or '.join(axis for axis in self.mesh.sizes if axis != 'pp')}."
@@ -271,7 +305,7 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], mesh: MeshConfig) -> None:
     """
     for axis, cut_by in rules.items():
         for mesh_axis in cut_by:
-            if mesh_axis not in (*mesh.sizes, "cp"):
+            if mesh_axis not in (*mesh.sizes, "ep", "cp"):
                 raise ValueError(
                     f"rules.{axis}: the mesh has no axis {mesh_axis!r}"
                     f"{did_you_mean(mesh_axis, mesh.sizes)}. Use {' or '.join(mesh.sizes)}."
@@ -289,6 +323,39 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], mesh: MeshConfig) -> None:
             f"rules.seq_res: cut by {' '.join(sequence)}, which has one rank ({mesh}); sequence "
             f"parallelism goes with tensor parallelism. Leave rules.seq_res empty, or set "
             f"mesh.{sequence[-1]} to 2 or more."
+        )
+
+
+def check_experts(model: GPTConfig, rules: Mapping[str, tuple[str, ...]], mesh: MeshConfig) -> None:
+    """Refuse a mesh that experts do not divide over, or whose ranks would not send them tokens.
+
+    Raises:
+        ValueError: experts do not divide over their ranks; their mesh axes do not all cut tokens;
+            or there are expert parallel ranks and no experts.
+    """
+    if not isinstance(model, MoEConfig):
+        if mesh.ep > 1:
+            raise ValueError(
+                f"mesh.ep: {mesh.ep} ranks for experts, and the model has none. Set mesh.ep to 1, "
+                "and mesh.dp to as many."
+            )
+        return
+    axes = [axis for axis in rules.get("experts", ()) if mesh.sizes.get(axis, 1) > 1]
+    parts = math.prod(mesh.sizes[axis] for axis in axes)
+    if model.experts % parts:
+        fit = next(n for n in range(min(parts, model.experts), 0, -1) if model.experts % n == 0)
+        raise ValueError(
+            f"model.experts: {model.experts} experts do not divide over {parts} ranks "
+            f"({' '.join(axes)}, of {mesh}). Use {fit} ranks for experts, or "
+            f"{-(-model.experts // parts) * parts} experts."
+        )
+    tokens = {*rules.get("batch", ()), *rules.get("seq_moe", ())}
+    if wrong := [axis for axis in axes if axis not in tokens]:
+        raise ValueError(
+            f"rules.experts: cut by {wrong[0]!r}, which cuts neither rules.batch "
+            f"({' '.join(rules.get('batch', ())) or 'none'}) nor rules.seq_moe "
+            f"({' '.join(rules.get('seq_moe', ())) or 'none'}): its ranks would send the same "
+            f"tokens. Add {wrong[0]!r} to rules.batch or rules.seq_moe."
         )
 
 

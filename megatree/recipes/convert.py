@@ -17,18 +17,20 @@ from megatree.io.formats.cast import Cast
 from megatree.io.formats.dcp import DcpWriter
 from megatree.io.formats.folded import Folded
 from megatree.io.formats.hf import SHARD_BYTES, copy_tokenizer, hf_writer
-from megatree.io.formats.megatron import LegacyWriter
+from megatree.io.formats.megatron import TABLE, LegacyWriter
+from megatree.io.formats.megatron_state import STATE
 from megatree.io.formats.native import NativeWriter
 from megatree.io.formats.orbax import OrbaxWriter
 from megatree.io.formats.side import write_side
-from megatree.io.formats.torch_dist import TorchDistWriter
+from megatree.io.formats.torch_dist import CONTENT, MOMENTS, RESHARDABLE, TorchDistWriter
 from megatree.io.world import World
 from megatree.models import hugging_face, megatron
-from megatree.models.gpt import gpt
+from megatree.models.decoder import decoder
 from megatree.models.gpt_config import GPTConfig
 from megatree.models.names import Source
-from megatree.recipes.formats import Format, Opened, open_checkpoint, run_config
-from megatree.recipes.name_map import Row, foreign_from, rows_of
+from megatree.recipes.formats import Format, Opened, check_layers, open_checkpoint, run_config
+from megatree.recipes.megatron_state import beside, state_entries
+from megatree.recipes.name_map import Row, declared, foreign_from, rows_of
 from megatree.recipes.saved import CONFIG_FILE, to_json, to_plain
 
 
@@ -80,6 +82,7 @@ class Plan:
         opened: the source.
         reader: the arrays as the target has them.
         rows: how leaves lie in the target's tensors, where they have other names there.
+        starts: what is before those names for leaves of the optimizer, by "opt.m".
         unmapped: leaves that the target cannot hold.
         make: folder -> writer.
     """
@@ -87,6 +90,7 @@ class Plan:
     opened: Opened
     reader: Reader
     rows: tuple[Row, ...]
+    starts: Mapping[str, str]
     unmapped: tuple[str, ...]
     make: Callable[[Path], Writer]
 
@@ -162,6 +166,9 @@ def convert(
 def _cast(opened: Opened, dtype: torch.dtype) -> Opened:
     """Convert the weights; the optimizer's state keeps its dtype."""
     weights = {path for path in opened.leaves if path.startswith("params.")}
+    if opened.model is not None:  # a leaf of a dtype of its own keeps it
+        params = declared(decoder(opened.model, batch_size=1))
+        weights -= {f"params.{path}" for path, leaf in params.items() if leaf.dtype is not None}
     reader = Cast(source=opened.reader, dtype=dtype, only=frozenset(weights))
     leaves = {
         path: replace(leaf, dtype=reader.arrays[path].dtype) for path, leaf in opened.leaves.items()
@@ -210,7 +217,12 @@ def _to_native(opened: Opened, options: Options) -> Plan:
         return NativeWriter(step, opened.leaves, extra, options.box_bytes)
 
     return Plan(
-        opened=opened, reader=opened.reader, rows=tuple(opened.rows), unmapped=(), make=make
+        opened=opened,
+        reader=opened.reader,
+        rows=tuple(opened.rows),
+        starts=opened.starts,
+        unmapped=(),
+        make=make,
     )
 
 
@@ -230,17 +242,31 @@ def _to_named(opened: Opened, options: Options) -> Plan:
         return DcpWriter(folder, opened.reader.arrays)
 
     return Plan(
-        opened=opened, reader=opened.reader, rows=tuple(opened.rows), unmapped=(), make=make
+        opened=opened,
+        reader=opened.reader,
+        rows=tuple(opened.rows),
+        starts=opened.starts,
+        unmapped=(),
+        make=make,
     )
 
 
 def _to_mapped(opened: Opened, options: Options) -> Plan:
     cfg = _model_of(opened)
-    model = gpt(cfg, batch_size=1)
+    check_layers(cfg, opened.reader.arrays, str(opened.path))
+    model = decoder(cfg, batch_size=1)
     sources, vocab = _table(cfg, options)
-    entries = foreign_from(sources, model, opened.reader.arrays, prefix="params", vocab=vocab)
-    reader = Folded(source=opened.reader, entries=entries)
-    held = {part.path for entry in entries.values() for part in entry.parts}
+    arrays = opened.reader.arrays
+    entries = foreign_from(sources, model, arrays, prefix="params", vocab=vocab)
+    if options.target == "hf":
+        entries |= {copy: entries[name] for copy, name in hugging_face.copies_in(cfg).items()}
+    if options.target == "megatron":
+        entries = {name: entries[name] for name in megatron.in_order(entries)}
+    state = {}
+    if options.target in ("megatron", "torch_dist"):
+        state = state_entries(sources, model, arrays, vocab=vocab)
+    reader = Folded(source=opened.reader, entries={**entries, **state})
+    held = {part.path for entry in reader.entries.values() for part in entry.parts}
 
     def make(folder: Path) -> Writer:
         return _mapped_writer(folder, cfg, opened, reader.arrays, options)
@@ -249,15 +275,21 @@ def _to_mapped(opened: Opened, options: Options) -> Plan:
         opened=opened,
         reader=reader,
         rows=tuple(rows_of(sources, model)),
+        starts=_starts() if state else {},
         unmapped=tuple(sorted(set(opened.leaves) - held)),
         make=make,
     )
 
 
+def _starts() -> dict[str, str]:
+    """Return what is before Megatron's names of state, by our entry; the first of two names."""
+    return {f"opt.{entry}": start for start, entry in reversed(list(MOMENTS.items()))}
+
+
 def _table(cfg: GPTConfig, options: Options) -> tuple[tuple[Source, ...], int | None]:
     """Return the names of the target, and the rows that tables have there."""
     if options.target == "hf":
-        return hugging_face.family_for(cfg).sources, None
+        return hugging_face.sources_for(hugging_face.family_for(cfg), cfg), None
     step = options.vocab_divisor * options.tensor
     rows = math.ceil(cfg.vocab_size / step) * step
     stacked = options.target == "torch_dist"
@@ -272,25 +304,34 @@ def _mapped_writer(
         copy_tokenizer(_tokenizer_folder(opened), folder)
         config = hugging_face.to_hf_config(cfg, dtype)
         return hf_writer(folder, arrays, config, shard_bytes=options.shard_bytes)
+    state = any(name.startswith(STATE) for name in arrays)
     args = megatron.to_args(cfg, tensor=options.tensor, pipeline=options.pipeline)
     args |= {
-        "padded_vocab_size": arrays["embedding.word_embeddings.weight"].shape[0],
+        "padded_vocab_size": arrays[TABLE].shape[0],
         "make_vocab_size_divisible_by": options.vocab_divisor,
         "params_dtype": _dtype_of(opened),
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "ckpt_format": "torch" if options.target == "megatron" else "torch_dist",
+        "iteration": int(opened.extra.get("step", 0)),
+        "consumed_train_samples": int(opened.extra.get("consumed", 0)),
+        "use_distributed_optimizer": state,
     }
-    iteration = int(opened.extra.get("step", 0))
+    iteration = args["iteration"]
+    more = beside(opened.extra, str(opened.path), optimizer=state)
     if options.target == "torch_dist":
-        return TorchDistWriter(folder, arrays, args=args, iteration=iteration)
-    tied = ("embedding.word_embeddings.weight", "output_layer.weight") if cfg.tied else None
+        if state:
+            more["optimizer"]["param_state_sharding_type"] = RESHARDABLE
+            more["content_metadata"] = CONTENT
+        return TorchDistWriter(folder, arrays, args=args, iteration=iteration, more=more)
+    tied = (TABLE, "output_layer.weight") if cfg.tied else None
     return LegacyWriter(
         folder,
         arrays,
         cut=megatron.CUT,
         args=args,
         iteration=iteration,
+        more=more,
         tensor=options.tensor,
         pipeline=options.pipeline,
         tied=tied,

@@ -1,15 +1,17 @@
 """Checkpoints of every format, opened as our leaves."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megatree.io.checkpoint import Box, Leaf, latest
+from megatree.io.checkpoint.box import spelled
 from megatree.io.checkpoint.dtypes import dtype_name
 from megatree.io.checkpoint.manifest import MANIFEST_FILE
 from megatree.io.checkpoint.place import place_of
@@ -17,18 +19,27 @@ from megatree.io.formats.arrays import Array, Reader, grid
 from megatree.io.formats.dcp import METADATA, DcpReader
 from megatree.io.formats.folded import Entry, Folded
 from megatree.io.formats.hf import CONFIG, INDEX, SINGLE, HfReader, read_json
-from megatree.io.formats.megatron import iteration_folder, read_legacy
+from megatree.io.formats.megatron import TABLE, iteration_folder, read_legacy
+from megatree.io.formats.megatron_state import groups_of, steps_of
 from megatree.io.formats.meta import meta_reader, read_params
 from megatree.io.formats.names import checked_file
 from megatree.io.formats.native import NativeReader
 from megatree.io.formats.orbax import TREE, OrbaxReader
+from megatree.io.formats.shards import Part, require_copy
 from megatree.io.formats.side import read_side
-from megatree.io.formats.torch_dist import MOMENTS, read_torch_dist
+from megatree.io.formats.torch_dist import (
+    MOMENTS,
+    bucket_state,
+    groups_in,
+    in_buckets,
+    read_torch_dist,
+)
 from megatree.models import hugging_face, megatron, meta
-from megatree.models.gpt import gpt
+from megatree.models.decoder import decoder
 from megatree.models.gpt_config import GPTConfig
 from megatree.models.names import Source
 from megatree.recipes.config import OptimizerConfig, RunConfig, TrainConfig
+from megatree.recipes.megatron_state import to_extra
 from megatree.recipes.name_map import Row, declared, leaf_of, leaves_from, rows_of
 from megatree.recipes.saved import from_plain, load_config
 
@@ -47,6 +58,7 @@ class Opened:
         leaves: their declarations.
         extra: training state.
         rows: how leaves lie in foreign tensors, where they have other names there.
+        starts: what is before the names of `rows` for leaves of the optimizer, by "opt.m".
         unmapped: foreign tensors that no leaf takes.
         left_out: foreign tensors that no leaf needs, with the reason.
     """
@@ -58,6 +70,7 @@ class Opened:
     leaves: Mapping[str, Leaf]
     extra: Mapping[str, Any] = field(default_factory=dict)
     rows: Sequence[Row] = ()
+    starts: Mapping[str, str] = field(default_factory=dict)
     unmapped: Sequence[str] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
 
@@ -122,15 +135,41 @@ def open_checkpoint(
     """
     path = Path(path)
     kind = kind or detect(path)
-    opened = _OPEN[kind](path, like, weights_only)
+    try:
+        opened = _OPEN[kind](path, like, weights_only)
+    except _DAMAGE as error:
+        raise ValueError(
+            f"{path}: its files do not say what a checkpoint of {kind} says "
+            f"({type(error).__name__}: {str(error)[:200]}). Take another copy, or name its format "
+            "with --from."
+        ) from error
     if weights_only:
         kept = {p: leaf for p, leaf in opened.leaves.items() if p.startswith("params.")}
-        opened = replace(opened, leaves=kept, reader=_Only(opened.reader, kept))
+        opened = replace(opened, leaves=kept, reader=Picked(opened.reader, kept))
     return opened
 
 
+# What code that expects a number, a list or a key meets in files that someone else wrote.
+_DAMAGE = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
+
+
+def check_layers(cfg: GPTConfig, arrays: Mapping[str, Array], place: str) -> None:
+    """Refuse a config that has more layers than there can be, before anything is made for them.
+
+    Raises:
+        ValueError: more than tensors, or than the longest stack of them.
+    """
+    stacked = max((array.shape[0] for array in arrays.values() if array.shape), default=0)
+    most = max(len(arrays), stacked)
+    if not 0 < cfg.num_layers <= most:
+        raise ValueError(
+            f"{place}: its config says {cfg.num_layers} layers, and its {len(arrays)} tensors hold "
+            f"{most} at most. Correct the config, or copy the files anew."
+        )
+
+
 @dataclass(frozen=True)
-class _Only:
+class Picked:
     """A reader of some of the arrays."""
 
     source: Reader
@@ -138,10 +177,29 @@ class _Only:
 
     @cached_property
     def arrays(self) -> Mapping[str, Array]:
+        """What there is."""
         return {path: self.source.arrays[path] for path in self.kept}
 
     def read(self, path: str, box: Box) -> Tensor:
+        """Return the elements of a box."""
         return self.source.read(path, box)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Weights of one reader, and the state of an optimizer of another."""
+
+    weights: Reader
+    state: Reader
+
+    @cached_property
+    def arrays(self) -> Mapping[str, Array]:
+        own = {n: x for n, x in self.weights.arrays.items() if not n.startswith("optimizer.")}
+        return {**own, **self.state.arrays}
+
+    def read(self, path: str, box: Box) -> Tensor:
+        source = self.state if path in self.state.arrays else self.weights
+        return source.read(path, box)
 
 
 @dataclass(frozen=True)
@@ -216,14 +274,15 @@ def _open_named(path: Path, kind: Format, reader: Reader, like: GPTConfig | None
     if lacking:
         raise ValueError(f"{path}: lacks {', '.join(lacking[:8])}. Copy it anew.")
     return Opened(
-        path=path, format=kind, model=model, reader=_Only(reader, leaves), leaves=leaves,
+        path=path, format=kind, model=model, reader=Picked(reader, leaves), leaves=leaves,
         extra=extra, unmapped=unmapped,
     )  # fmt: skip
 
 
 def _like(path: Path, kind: Format, reader: Reader, cfg: GPTConfig) -> Opened:
     """Take the leaves of a model out of a tree that others wrote, with or without "params"."""
-    model = gpt(cfg, batch_size=1)
+    check_layers(cfg, reader.arrays, str(path))
+    model = decoder(cfg, batch_size=1)
     wanted = list(declared(model))
     start = "params." if any(name.startswith("params.") for name in reader.arrays) else ""
     names = {f"params.{name}": f"{start}{name}" for name in wanted}
@@ -273,24 +332,27 @@ def _mapped(
     *,
     extra: Mapping[str, Any] | None = None,
     left_out: Mapping[str, str] | None = None,
-    groups: Mapping[str, str] | None = None,
+    groups: Mapping[str, tuple[str, Sequence[Source]]] | None = None,
 ) -> Opened:
     """Open a format that has names and layouts of its own.
 
     Args:
-        groups: start of a foreign name -> start of ours, "" -> "params" for the weights.
+        groups: start of a foreign name -> start of ours, and names after it; `sources` are those
+            of "params".
     """
-    model = gpt(cfg, batch_size=1)
+    check_layers(cfg, reader.arrays, str(path))
+    model = decoder(cfg, batch_size=1)
     entries: dict[str, Entry] = {}
     leaves: dict[str, Leaf] = {}
     taken = set(left_out or ())
-    for start, prefix in (groups or {"": "params"}).items():
+    for start, (prefix, names) in {"": ("params", sources), **(groups or {})}.items():
         arrays = {
             name.removeprefix(start): array
             for name, array in reader.arrays.items()
             if name.startswith(start)
         }
-        for leaf, entry in leaves_from(sources, model, arrays, str(path)).items():
+        where = f"{path}: {start.rstrip('.')}" if start else str(path)
+        for leaf, entry in leaves_from(names, model, arrays, where).items():
             parts = tuple(replace(part, path=f"{start}{part.path}") for part in entry.parts)
             entries[f"{prefix}.{leaf}"] = replace(entry, parts=parts)
             leaves[f"{prefix}.{leaf}"] = leaf_of(leaf, prefix, model, entry.array)
@@ -303,6 +365,7 @@ def _mapped(
         leaves=leaves,
         extra=extra or {},
         rows=rows_of(sources, model),
+        starts={prefix: start for start, (prefix, _) in (groups or {}).items()},
         unmapped=sorted(set(reader.arrays) - taken),
         left_out=left_out or {},
     )
@@ -314,8 +377,9 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
 def _open_hf(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
     file = checked_file(path, CONFIG, place=str(path))
     config = read_json(file)
-    cfg = like or hugging_face.to_gpt_config(config, str(file))
     family = hugging_face.family_of(config, str(file))
+    _refuse_no_numbers(config, family.keys, file)
+    cfg = like or hugging_face.to_gpt_config(config, str(file))
     reader: Reader = HfReader(path)
     if "wte.weight" in reader.arrays:  # GPT2Model, without the head on top
         names = {name: name for name in reader.arrays if name == "lm_head.weight"}
@@ -324,28 +388,42 @@ def _open_hf(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
     left_out = {n: "a buffer, not a weight" for n in reader.arrays if n.endswith(_BUFFERS)}
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     table = "transformer.wte.weight" if family is hugging_face.GPT2_FAMILY else table
-    if cfg.tied and head in reader.arrays:
-        _refuse_other_head(reader, head, table, path)
-        left_out[head] = f"the same as {table}, which it is tied to"
-    return _mapped(path, "hf", reader, cfg, family.sources, left_out=left_out)
+    if (
+        like is None
+        and cfg.mtp
+        and not any(name.startswith(f"model.layers.{cfg.num_layers}.") for name in reader.arrays)
+    ):  # the class of transformers neither loads nor writes these layers
+        cfg = replace(cfg, mtp=None)
+    copies = hugging_face.copies_in(cfg) | ({head: table} if cfg.tied else {})
+    for copy, name in copies.items():
+        if copy in reader.arrays:
+            _refuse_other_copy(reader, copy, name, path)
+            left_out[copy] = f"the same as {name}, which it is tied to"
+    sources = hugging_face.sources_for(family, cfg)
+    return _mapped(path, "hf", reader, cfg, sources, left_out=left_out)
 
 
-def _refuse_other_head(reader: Reader, head: str, table: str, path: Path) -> None:
-    """A tied head that is stored too must be the table, bit for bit."""
-    first, second = reader.arrays[head], reader.arrays.get(table)
-    same = first == second and all(
-        torch.equal(_bits(reader.read(head, box)), _bits(reader.read(table, box)))
-        for box in grid(first)
+def _refuse_no_numbers(config: Mapping[str, Any], keys: Mapping[str, str], file: Path) -> None:
+    """Refuse values of other types where numbers are expected, and sizes that are absent."""
+    needed = {f.name for f in fields(GPTConfig) if f.default is MISSING} - {"ffn"}
+    for key in (*keys, "num_attention_heads", "num_key_value_heads", "head_dim", "n_head"):
+        value = config.get(key)
+        if value is None and keys.get(key) in needed:
+            raise ValueError(f"{file}: lacks {key}. Copy it anew.")
+        if not isinstance(value, (int, float, NoneType)):
+            raise ValueError(f"{file}: {key} is {value!r}, no number. Copy it anew.")
+
+
+def _refuse_other_copy(reader: Reader, copy: str, name: str, path: Path) -> None:
+    """A tied table that is stored too must be the same, bit for bit."""
+    if name not in reader.arrays:
+        raise ValueError(f"{path}: has {copy}, and no {name}, which it is tied to. Copy it anew.")
+    first, second = (
+        Part(array=reader.arrays[x], read=partial(reader.read, x)) for x in (name, copy)
     )
-    if not same:
-        raise ValueError(
-            f"{path}: {head} is stored beside {table} and differs, though config.json ties them. "
-            "Set tie_word_embeddings to false if the model has two tables, or remove one."
-        )
-
-
-def _bits(data: Tensor) -> Tensor:
-    return data.contiguous().view(torch.uint8)
+    which = f"{path}: {copy} is stored beside {name}, though config.json ties them"
+    fix = "Set tie_word_embeddings to false if the model has two tables, or remove one."
+    require_copy(first, second, which, name, fix)
 
 
 def _open_meta(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
@@ -357,33 +435,101 @@ def _open_meta(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened
 
 
 def _open_megatron(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
-    held = read_legacy(path, megatron.CUT, megatron.modern_name, tied="output_layer.weight")
+    held = read_legacy(
+        path,
+        megatron.CUT,
+        megatron.modern_name,
+        tied="output_layer.weight",
+        optimizer=not weights_only,
+    )
     cfg = like or megatron.to_gpt_config(held.args, str(path))
     sources = megatron.sources(
         cfg, stacked=False, tensor=held.tensor, version=min(3, int(held.version))
     )
-    extra = {"step": held.iteration}
-    return _mapped(path, "megatron", held.reader, cfg, sources, extra=extra)
+    groups, left_out = _state_groups(held.reader, sources)
+    extra = to_extra(held.iteration, held.updates, held.groups, held.scheduler, held.args)
+    return _mapped(
+        path, "megatron", held.reader, cfg, sources, extra=extra, left_out=left_out, groups=groups,
+    )  # fmt: skip
+
+
+def _state_groups(
+    reader: Reader, sources: Sequence[Source]
+) -> tuple[dict[str, tuple[str, Sequence[Source]]], dict[str, str]]:
+    """Return Megatron's optimizer as groups of leaves, and what of it is left out."""
+    groups: dict[str, tuple[str, Sequence[Source]]] = {}
+    left_out: dict[str, str] = {}
+    dtype = reader.arrays[TABLE].dtype
+    for start, entry in MOMENTS.items():
+        names = [name for name in reader.arrays if name.startswith(start)]
+        if entry == "master":
+            _refuse_other_masters(reader, start, names)
+        if entry == "master" and dtype in (torch.float32, torch.float64):
+            left_out |= dict.fromkeys(names, "copies of float32 weights")
+        elif names:
+            groups[start] = f"opt.{entry}", sources
+    return groups, left_out
+
+
+_LOOKED_AT = 2048
+"""Bytes at the begin and at the end of each master that are looked at."""
+
+
+def _refuse_other_masters(reader: Reader, start: str, names: Sequence[str]) -> None:
+    """Masters must round to the weights, where both have one layout; both ends are looked at.
+
+    Megatron's reshardable layout loses what lies behind buckets that end unaligned (seen in 0.16).
+    """
+    for name in names:
+        bare = name.removeprefix(start)
+        if bare not in reader.arrays:
+            continue
+        boxes = list(grid(reader.arrays[name], _LOOKED_AT))
+        for box in (boxes[0], boxes[-1]):
+            weight, master = reader.read(bare, box), reader.read(name, box)
+            odd = int((master.to(weight.dtype) != weight).sum())
+            if odd:
+                raise ValueError(
+                    f"{name}: {odd} of {weight.numel()} elements in {spelled(box)} are no masters "
+                    f"of {bare}: the optimizer's state is damaged, or of another run. Save it "
+                    "anew in Megatron's default layout, or convert with --weights-only."
+                )
 
 
 def _open_torch_dist(path: Path, like: GPTConfig | None, weights_only: bool) -> Opened:
-    reader, common = read_torch_dist(path, optimizer=not weights_only)
-    cfg = like or megatron.to_gpt_config(common.get("args") or {}, str(path))
-    dtype = reader.arrays["embedding.word_embeddings.weight"].dtype
-    groups, left_out = {"": "params"}, {}
-    for start, entry in MOMENTS.items():
-        names = [name for name in reader.arrays if name.startswith(start)]
-        if weights_only:
-            left_out |= dict.fromkeys(names, "optimizer's state (--weights-only)")
-        elif entry == "master" and dtype in (torch.float32, torch.float64):
-            left_out |= dict.fromkeys(names, "copies of float32 weights")
-        elif names:
-            groups[start] = f"opt.{entry}"
+    told, common = read_torch_dist(path, optimizer=not weights_only)
+    reader: Reader = told
+    args = common.get("args") or {}
+    cfg = like or megatron.to_gpt_config(args, str(path))
+    sources = state_sources = megatron.sources(cfg, stacked=True)
     if weights_only:
-        odd = [n for n in reader.arrays if n.startswith("optimizer.") and n not in left_out]
-        left_out |= dict.fromkeys(odd, "optimizer's state (--weights-only)")
-    sources = megatron.sources(cfg, stacked=True)
-    extra = {"step": int(common.get("iteration") or 0)}
+        groups: dict[str, tuple[str, Sequence[Source]]] = {}
+        odd = [name for name in reader.arrays if name.startswith("optimizer.")]
+        left_out = dict.fromkeys(odd, "optimizer's state (--weights-only)")
+    else:
+        if in_buckets(told):
+            fused = args.get("transformer_impl") != "local"
+            orders = [partial(megatron.in_order, fused=which) for which in (fused, not fused)]
+            state = bucket_state(
+                told,
+                args,
+                cut=megatron.CUT,
+                modern=megatron.modern_name,
+                orders=orders,
+                tied="output_layer.weight",
+            )
+            reader = _Joined(told, state)
+            tensor = int(args.get("tensor_model_parallel_size") or 1)
+            state_sources = megatron.sources(cfg, stacked=False, tensor=tensor)
+        groups, left_out = _state_groups(reader, state_sources)
+    optimizer = groups_in(told, common)
+    extra = to_extra(
+        int(common.get("iteration") or 0),
+        steps_of(optimizer),
+        groups_of(optimizer),
+        common.get("opt_param_scheduler") or {},
+        args,
+    )
     return _mapped(
         path, "torch_dist", reader, cfg, sources, extra=extra, left_out=left_out, groups=groups,
     )  # fmt: skip

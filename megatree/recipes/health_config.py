@@ -17,8 +17,8 @@ class HealthConfig:
         spike_window: losses that the median is of.
         spike: "stop" the run at a spike, "skip" its update, or "report" it.
         delay: steps that a look at the loss and the gradients may come late, so that the host need
-            not wait for the device at every step. Reports, evaluations and checkpoints look at
-            once, so log.every matters too.
+            not wait for the device at every step. Reports come as late; evaluations and
+            checkpoints look at once.
         invariant_every: steps between comparisons, bit for bit, of what ranks hold copies of; 0
             for none.
         hang_s: seconds that a rank may wait for others in one call, until all are asked where they

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import nan
-
-import torch
-from torch import Tensor
 
 from megatree.io.checkpoint.box import spelled
 from megatree.io.checkpoint.dtypes import dtype_name
-from megatree.io.formats.arrays import BOX_BYTES, Reader, grid
+from megatree.io.formats.arrays import BOX_BYTES, Reader, grid, read_ahead
+from megatree.io.formats.compare import gap
+from megatree.io.formats.dcp import DcpReader
 from megatree.io.formats.native import NativeReader
-from megatree.recipes.formats import Opened
+from megatree.recipes.formats import Opened, Picked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +55,24 @@ def lines(opened: Opened, *, every_box: bool = False) -> Iterator[Line]:
 
 
 def _boxes(reader: Reader, every_box: bool) -> Mapping[str, str]:
-    if not isinstance(reader, NativeReader):
-        return {}
-    out = {}
-    for stored in reader.manifest.leaves:
-        shown = stored.chunks if every_box else stored.chunks[:2]
-        texts = [f"{spelled(chunk.box)} {chunk.file}" for chunk in shown]
-        if len(shown) < len(stored.chunks):
-            texts.append(f"and {len(stored.chunks) - len(shown)} more")
-        out[stored.leaf.path] = ", ".join(texts)
-    return out
+    while not isinstance(reader, (NativeReader, DcpReader)):
+        if not isinstance(reader, Picked):
+            return {}
+        reader = reader.source
+    if isinstance(reader, DcpReader):
+        held = {path: [spelled(box) for box in reader.boxes(path)] for path in reader.arrays}
+    else:
+        held = {
+            stored.leaf.path: [f"{spelled(chunk.box)} {chunk.file}" for chunk in stored.chunks]
+            for stored in reader.manifest.leaves
+        }
+    return {path: _shown(texts, every_box) for path, texts in held.items()}
+
+
+def _shown(texts: list[str], every: bool) -> str:
+    shown = texts if every else texts[:2]
+    more = [f"and {len(texts) - len(shown)} more"] if len(shown) < len(texts) else []
+    return ", ".join(shown + more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,27 +107,10 @@ def differences(
         elif one != two:
             yield Difference(path=path, what=f"{one} in the first, {two} in the second")
         elif values:
-            most, count = _compare(first, second, path, most_bytes)
-            if count:
-                what = f"{count} of {one.nbytes // one.dtype.itemsize} elements differ"
-                yield Difference(path=path, what=f"{what}, by {most:.3g} at most", most=most)
-
-
-def _compare(first: Opened, second: Opened, path: str, most_bytes: int) -> tuple[float, int]:
-    most, count = 0.0, 0
-    for box in grid(first.reader.arrays[path], most_bytes):
-        one, two = first.reader.read(path, box), second.reader.read(path, box)
-        if torch.equal(_bytes(one), _bytes(two)):
-            continue
-        odd = (_bytes(one) != _bytes(two)).reshape(one.numel(), -1).any(dim=1)
-        count += int(odd.sum())
-        gap = (one.to(torch.float64) - two.to(torch.float64)).abs().nan_to_num(nan=torch.inf)
-        most = max(most, float(gap.max()))
-    return most, count
-
-
-def _bytes(data: Tensor) -> Tensor:
-    return data.contiguous().reshape(-1).view(torch.uint8)
+            reads = [partial(opened.reader.read, path) for opened in (first, second)]
+            apart = gap(first.reader.arrays[path], reads[0], reads[1], most_bytes)
+            if apart.count:
+                yield Difference(path=path, what=str(apart), most=apart.most)
 
 
 def verify(
@@ -139,8 +130,8 @@ def verify(
     problems = [f"{name}: has no leaf" for name in opened.unmapped]
     for path, array in opened.reader.arrays.items():
         try:
-            for box in grid(array, most_bytes):
-                data = opened.reader.read(path, box)
+            places = ((path, box) for box in grid(array, most_bytes))
+            for _, _, data in read_ahead(opened.reader, places):
                 told(path, data.numel() * data.element_size())
         except (ValueError, OSError) as error:
             problems.append(f"{path}: {error}")

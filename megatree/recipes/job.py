@@ -1,6 +1,7 @@
 """A whole training run on one rank: build, agree, go on or begin, train."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatree.functional import flash_attn_4
 from megatree.io.checkpoint import Retention, Saver, load_extra
 from megatree.io.checkpoint.place import PathLike
 from megatree.io.data import Stream
@@ -28,11 +30,16 @@ from megatree.recipes.build import (
 from megatree.recipes.care import caring, check_deterministic
 from megatree.recipes.config import RunConfig
 from megatree.recipes.data import RunData, open_data
+from megatree.recipes.expert_load import expert_load
 from megatree.recipes.layout_file import layout_to_plain
+from megatree.recipes.profile_config import ProfileConfig
+from megatree.recipes.profiling import profile_of
 from megatree.recipes.saved import CONFIG_FILE, differences, from_plain, to_json, to_plain
 from megatree.recipes.writers import writers
 from megatree.runtime.collectives import ProcessComm
+from megatree.runtime.compiler import check_compiler
 from megatree.runtime.processes import background_world, current_world
+from megatree.runtime.profile import marked
 from megatree.runtime.recorded import RecordedComm, Recorder, recorded_world
 from megatree.runtime.step import TrainStep, train_step
 from megatree.runtime.train import (
@@ -47,7 +54,7 @@ from megatree.runtime.train import (
     train,
 )
 
-MAY_DIFFER = ("dropout", "attention_dropout", "init_std", "vocab_pad")
+MAY_DIFFER = ("dropout", "attention_dropout", "attention_kernel", "init_std", "vocab_pad")
 """Fields of the model that may change when a run goes on: they change no leaf and no forward."""
 
 
@@ -81,9 +88,13 @@ class Job:
         assert held_out is not None, "the config holds nothing out"
         return evaluate(self.step, held_out, num_samples=num_samples, microbatch=size)
 
-    def train(self, *, stop: int | None = None) -> "Job":
-        """Train to the end, or to the step `stop`; return the job as it is then."""
-        cfg = self.cfg
+    def train(self, *, stop: int | None = None, profile: ProfileConfig | None = None) -> "Job":
+        """Train to the end, or to the step `stop`; return the job as it is then.
+
+        Raises:
+            ValueError: the steps to profile are not among those that are made.
+        """
+        cfg, step = self.cfg, self.step
         loop = Loop(
             steps=cfg.train.steps if stop is None else min(stop, cfg.train.steps),
             global_batch=cfg.train.batches,
@@ -95,13 +106,31 @@ class Job:
         )
         valid = partial(self.valid_loss, cfg.train.eval_samples)
         comm, mesh = self.step.comm, self.step.program.layout.mesh
-        with caring(cfg, mesh, self.world, self.recorder, comm.device) as care:
+        recording = None
+        if profile is not None:
+            done = self.progress.state.step
+            profile.check(loop.steps - done)
+            step = replace(step, optimizer=marked(step.optimizer))
+            recording = profile_of(
+                profile,
+                cfg,
+                step.program,
+                world=self.world,
+                device=comm.device,
+                step=done,
+                report=self.report,
+            )
+        with (
+            caring(cfg, mesh, self.world, self.recorder, comm.device) as care,
+            recording or nullcontext(),
+        ):
             progress = train(
-                self.step,
+                step,
                 self.progress,
                 loop,
                 data=self.data.train,
                 lr=schedule_of(cfg),
+                measure=expert_load,
                 world=self.world,
                 valid=valid if cfg.train.eval_every else None,
                 extra={
@@ -111,7 +140,7 @@ class Job:
                     "layout": layout_to_plain(cfg),
                 },
                 report=self.report,
-                care=care,
+                care=care if recording is None else replace(care, after=recording),
                 saver=saver_of(cfg, self.world),
             )
         return replace(self, progress=progress)
@@ -139,6 +168,10 @@ def open_job(device: torch.device, cfg: RunConfig, report: Report) -> Job:
 def _open_job(
     device: torch.device, cfg: RunConfig, report: Report, world: World, recorder: Recorder
 ) -> Job:
+    if cfg.model.attention_kernel == "fa4":
+        flash_attn_4.register()
+    if cfg.compile:
+        check_compiler(device.type)
     layout, model = layout_of_run(cfg), model_of(cfg)
     program = lower_model(model, layout)
     check_start(world, cfg, program)
@@ -192,9 +225,11 @@ def _open_job(
     return job
 
 
-def run(device: torch.device, cfg: RunConfig, report: Report) -> int:
+def run(
+    device: torch.device, cfg: RunConfig, report: Report, profile: ProfileConfig | None = None
+) -> int:
     """Train a config from start or checkpoint to its end; return the step it is at."""
-    return open_job(device, cfg, report).train().progress.state.step
+    return open_job(device, cfg, report).train(profile=profile).progress.state.step
 
 
 def saver_of(cfg: RunConfig, world: World) -> Saver:

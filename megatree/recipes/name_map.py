@@ -10,7 +10,7 @@ from megatree.functional.tree import flatten_with_names
 from megatree.io.checkpoint import Leaf
 from megatree.io.formats.arrays import Array
 from megatree.io.formats.folded import Entry, Part, Side
-from megatree.models.names import Source, Span, Spans, fold, foreign_names, sources_of
+from megatree.models.names import Source, fold, foreign_parts, sources_of
 
 _VOCAB = "vocab"
 
@@ -67,11 +67,11 @@ def leaves_from(
     for path, param in params.items():
         source, parts = by_leaf[path], []
         spans = fold(source, param, model.sizes)
-        for layer, name in enumerate(foreign_names(source, model)):
+        for name, within in foreign_parts(source, model):
             if name not in arrays:
                 missing.append(name)
                 continue
-            side = _padded(_foreign_side(source, spans.foreign, layer), arrays[name].shape)
+            side = _padded(Side(dims=spans.foreign, within=within), arrays[name].shape)
             if side.shape != arrays[name].shape:
                 wrong.append(f"{name}: {list(arrays[name].shape)}, {path} needs {list(side.shape)}")
             parts.append(Part(path=name, side=side))
@@ -116,8 +116,8 @@ def foreign_from(
     for path, param in params.items():
         source = by_leaf[path]
         spans = fold(source, param, model.sizes)
-        for layer, name in enumerate(foreign_names(source, model)):
-            sides[name] = _foreign_side(source, spans.foreign, layer)
+        for name, within in foreign_parts(source, model):
+            sides[name] = Side(dims=spans.foreign, within=within)
             own = Side(dims=spans.leaf, within=spans.within)
             parts[name].append(Part(path=f"{prefix}.{path}", side=own))
     out = {}
@@ -145,11 +145,6 @@ def rows_of(sources: Sequence[Source], model: Chain) -> list[Row]:
             Row(path=path, leaf=param.axes, name=source.name, foreign=source.axes, part=part)
         )
     return rows
-
-
-def _foreign_side(source: Source, dims: Spans, layer: int) -> Side:
-    within: tuple[Span, ...] = (("layers", layer, layer + 1),) if source.layered else ()
-    return Side(dims=dims, within=within)
 
 
 def _padded(side: Side, shape: tuple[int, ...]) -> Side:

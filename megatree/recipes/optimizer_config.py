@@ -177,6 +177,10 @@ class PrecisionConfig:
         master: whether bfloat16 or float16 weights have a float32 copy that updates work on.
         rounding: how updates without a copy are rounded.
         loss_scale: "dynamic", "none" or a number; "auto" is dynamic for float16 and none else.
+        matmul: float32 products: "highest" keeps all bits of their factors, "high" lets a GPU round
+            them to TF32.
+        narrow_sums: whether cuBLAS may add the parts of a long sum of a bfloat16 or float16 product
+            in that dtype (within a part sums are float32).
     """
 
     grads: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -184,6 +188,8 @@ class PrecisionConfig:
     master: bool = True
     rounding: Literal["nearest", "stochastic"] = "nearest"
     loss_scale: str = "auto"
+    matmul: Literal["highest", "high"] = "highest"
+    narrow_sums: bool = True
 
     def __post_init__(self) -> None:
         if self.loss_scale not in ("auto", "dynamic", "none"):

@@ -1,9 +1,11 @@
 """Recipes: functions that return the config of a run."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from megatree.models.gpt_config import GPTConfig
+from megatree.models.moe_config import MoEConfig
 from megatree.recipes.config import (
     CheckpointConfig,
     DataConfig,
@@ -13,6 +15,7 @@ from megatree.recipes.config import (
     RunConfig,
     TrainConfig,
     megatron_rules,
+    moe_rules,
 )
 from megatree.recipes.optimizer_config import LrConfig, RampConfig, RematConfig, StorageConfig
 
@@ -43,6 +46,33 @@ def demo() -> RunConfig:
             eval_samples=128,
         ),
         checkpoint=CheckpointConfig(dir="runs/demo", every=100),
+    )
+
+
+def moe_demo() -> RunConfig:
+    """Return a Mixtral of 2.5 M parameters (1.1 M active) on the novels inside the package, its
+    experts over 2 CPU processes.
+    """
+    model = MoEConfig(
+        vocab_size=512,
+        seq_length=128,
+        num_layers=4,
+        embed=128,
+        kv_heads=4,
+        head_dim=32,
+        ffn=344,
+        experts=8,
+        top_k=2,
+        expert_ffn=172,
+        balance=0.05,
+        z_loss=1e-3,
+    )
+    return replace(
+        demo(),
+        model=model,
+        mesh=MeshConfig(ep=2),
+        rules=moe_rules(model),
+        checkpoint=CheckpointConfig(dir="runs/moe-demo", every=100),
     )
 
 
@@ -213,9 +243,150 @@ def llama3_405b() -> RunConfig:
     )
 
 
+def mixtral_8x7b() -> RunConfig:
+    """Return Mixtral of 46.7 B parameters (12.9 B active) on 64 GPUs, 8 ranks for the experts.
+
+    Reference: Jiang et al. 2024, arXiv:2401.04088, table 1.
+    """
+    model = MoEConfig(
+        vocab_size=32000,
+        seq_length=4096,
+        num_layers=32,
+        embed=4096,
+        kv_heads=8,
+        group=4,
+        head_dim=128,
+        ffn=14336,
+        rope_base=1e6,
+        experts=8,
+        top_k=2,
+        expert_ffn=14336,
+        balance=0.02,
+        fused_loss=True,
+    )
+    return _mixture("mixtral-8x7b", model, MeshConfig(dp=8, ep=8), microbatch=64, lr=1e-4)
+
+
+def qwen3_30b_a3b() -> RunConfig:
+    """Return Qwen3 of 30.5 B parameters (3.3 B active) on 64 GPUs, 8 ranks for the experts.
+
+    Reference: Qwen3, arXiv:2505.09388, table 2; its load is balanced over the global batch.
+    """
+    model = MoEConfig(
+        vocab_size=151_936,
+        seq_length=4096,
+        num_layers=48,
+        embed=2048,
+        kv_heads=4,
+        group=8,
+        head_dim=128,
+        ffn=6144,
+        qk_norm=True,
+        norm_eps=1e-6,
+        rope_base=1e6,
+        experts=128,
+        top_k=8,
+        expert_ffn=768,
+        balance=1e-3,
+        balance_over="global",
+        fused_loss=True,
+    )
+    return _mixture("qwen3-30b-a3b", model, MeshConfig(dp=8, ep=8), microbatch=64, lr=3e-4)
+
+
+def deepseek_v3() -> RunConfig:
+    """Return DeepSeek-V3 of 671 B parameters (37 B active), and 12 B that predict one token more,
+    on 2048 GPUs.
+
+    16 stages, 64 ranks for the experts, a batch that grows. Products are in bfloat16, not float8.
+
+    Reference: DeepSeek-V3, arXiv:2412.19437, sections 3.2, 4.2.
+    """
+    made = _mixture(
+        "deepseek-v3",
+        MoEConfig(
+            vocab_size=129_280,
+            seq_length=4096,
+            num_layers=61,
+            embed=7168,
+            kv_heads=128,
+            head_dim=128,
+            kv_rank=512,
+            q_rank=1536,
+            rope_dim=64,
+            value_dim=128,
+            ffn=18432,
+            norm_eps=1e-6,
+            init_std=0.006,
+            experts=256,
+            top_k=8,
+            expert_ffn=2048,
+            shared_ffn=2048,
+            dense_first=3,
+            score="sigmoid",
+            normalise=True,
+            route_scale=2.5,
+            groups=8,
+            group_top_k=4,
+            balance=1e-4,
+            balance_over="sequence",
+            bias_rate=1e-3,
+            mtp=1,
+            mtp_weight=0.3,
+            fused_loss=True,
+        ),
+        MeshConfig(pp=16, dp=2, ep=64),
+        microbatch=128,
+        lr=2.2e-4,
+    )
+    ramp = RampConfig(start=3072, increment=1536, samples=114_500_000)
+    train = replace(made.train, steps=240_000, global_batch=15_360, eval_samples=1024, ramp=ramp)
+    return replace(made, train=train)
+
+
+def deepseek_proxy() -> RunConfig:
+    """Return a model built as DeepSeek-V3, of 203 M parameters (88 M active), and 22 M that predict
+    one token further, on 8 GPUs.
+    """
+    model = MoEConfig(
+        vocab_size=32768,
+        seq_length=2048,
+        num_layers=8,
+        embed=768,
+        kv_heads=8,
+        head_dim=64,
+        kv_rank=256,
+        q_rank=384,
+        rope_dim=32,
+        value_dim=64,
+        ffn=2048,
+        norm_eps=1e-6,
+        experts=32,
+        top_k=4,
+        expert_ffn=256,
+        shared_ffn=256,
+        dense_first=1,
+        score="sigmoid",
+        normalise=True,
+        route_scale=2.5,
+        groups=4,
+        group_top_k=2,
+        balance=1e-4,
+        balance_over="sequence",
+        bias_rate=1e-3,
+        mtp=1,
+        mtp_weight=0.3,
+        fused_loss=True,
+    )
+    made = _mixture("deepseek-proxy", model, MeshConfig(dp=2, ep=4), microbatch=64, lr=1e-3)
+    train = replace(made.train, steps=20_000, global_batch=256, eval_samples=256)
+    return replace(made, remat=RematConfig(), train=train)
+
+
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "demo": demo,
+        "moe-demo": moe_demo,
         "gpt2-small": gpt2_small,
         "gpt2-345m": gpt2_345m,
         "llama-1b": llama_1b,
@@ -224,6 +395,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "llama3-8b": llama3_8b,
         "llama3-70b": llama3_70b,
         "llama3-405b": llama3_405b,
+        "mixtral-8x7b": mixtral_8x7b,
+        "qwen3-30b-a3b": qwen3_30b_a3b,
+        "deepseek-v3": deepseek_v3,
+        "deepseek-proxy": deepseek_proxy,
     }
 )
 """Name on the command line -> recipe."""
@@ -315,4 +490,27 @@ def _llama3_model(*, embed: int, num_layers: int, num_heads: int, ffn: int) -> G
         head_dim=128,
         ffn=ffn,
         rope_base=500_000.0,
+    )
+
+
+def _mixture(
+    name: str, model: MoEConfig, mesh: MeshConfig, *, microbatch: int, lr: float
+) -> RunConfig:
+    return RunConfig(
+        model=model,
+        mesh=mesh,
+        rules=moe_rules(model),
+        storage=StorageConfig(zero=1),
+        remat=RematConfig(policy="full"),
+        optimizer=OptimizerConfig(lr=lr, min_lr=lr / 10, warmup_steps=2000),
+        train=TrainConfig(
+            steps=500_000,
+            global_batch=1024,
+            microbatch=microbatch,
+            log_every=10,
+            eval_every=1000,
+            eval_samples=1024,
+        ),
+        checkpoint=CheckpointConfig(dir=f"runs/{name}", every=1000),
+        dtype="bfloat16",
     )

@@ -13,7 +13,7 @@ from megatree.recipes.build import layout_of, model_of
 from megatree.recipes.config import MeshConfig, RunConfig
 from megatree.recipes.job import rank_comm, saved_config
 from megatree.recipes.vocabulary import load_tokenizer
-from megatree.runtime.generate import greedy, load_generator, padded_length, sampling
+from megatree.runtime.generate import SEQUENCE, greedy, load_generator, padded_length, sampling
 from megatree.runtime.processes import current_world
 
 
@@ -73,7 +73,7 @@ def sample(
     model = model_of(cfg, entries=()).for_evaluation().up_to("head")
     generator = load_generator(
         path,
-        model.with_sizes(batch=len(rows), seq=seq, seq_res=seq),
+        model.with_sizes(batch=len(rows), **{a: seq for a in SEQUENCE if a in model.sizes}),
         layout,
         comm=rank_comm(layout.mesh, world, device),
         world=world,
@@ -88,7 +88,7 @@ def sample(
 
 
 def _check_mesh(mesh: MeshConfig, cfg: RunConfig, num_prompts: int) -> None:
-    parts = math.prod(mesh.sizes[axis] for axis in cfg.rules.get("batch", ()))
+    parts = math.prod(mesh.sizes.get(axis, 1) for axis in cfg.rules.get("batch", ()))
     if num_prompts % parts:
         raise ValueError(
             f"mesh: {num_prompts} prompts do not divide over {parts} ranks ({mesh}). "

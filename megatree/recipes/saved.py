@@ -7,6 +7,8 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from megatree.models.gpt_config import GPTConfig
+from megatree.models.moe_config import MoEConfig
 from megatree.recipes.config import RunConfig
 from megatree.recipes.words import did_you_mean
 
@@ -90,6 +92,8 @@ def _read(hint: Any, value: Any, place: str) -> Any:
 
 
 def _read_fields(kind: Any, table: Mapping[str, Any], place: str) -> Any:
+    if kind is GPTConfig and "experts" in table:
+        kind = MoEConfig
     hints, known = get_type_hints(kind), {f.name: f for f in fields(kind)}
     for name in table:
         if name not in known:

@@ -132,27 +132,46 @@ class ProcessComm(RankComm):
         return wait
 
     def all_to_all(self, x: Tensor, axes: Axes, split_dim: int, concat_dim: int) -> Tensor:
+        return self.all_to_all_async(x, axes, split_dim, concat_dim)()
+
+    def all_to_all_async(
+        self, x: Tensor, axes: Axes, split_dim: int, concat_dim: int
+    ) -> Callable[[], Tensor]:
         ops = torch.ops._c10d_functional
         n, order = self.size(axes), self.orders[axes]
         parts = x.chunk(n, split_dim)
         send = torch.cat(parts if order is None else [parts[i] for i in order[0]], 0)
         rows = [send.shape[0] // n] * n
-        got = ops.wait_tensor(ops.all_to_all_single(send, rows, rows, self._group(axes)))
-        parts = got.chunk(n, 0)
-        return torch.cat(parts if order is None else [parts[i] for i in order[1]], concat_dim)
+        got = ops.all_to_all_single(send, rows, rows, self._group(axes))
+
+        def wait() -> Tensor:
+            parts = ops.wait_tensor(got).chunk(n, 0)
+            return torch.cat(parts if order is None else [parts[i] for i in order[1]], concat_dim)
+
+        return wait
 
     def all_to_all_v(self, x: Tensor, axes: Axes, send: list[int], recv: list[int]) -> Tensor:
+        return self.all_to_all_v_async(x, axes, send, recv)()
+
+    def all_to_all_v_async(
+        self, x: Tensor, axes: Axes, send: list[int], recv: list[int]
+    ) -> Callable[[], Tensor]:
         ops = torch.ops._c10d_functional
         order = self.orders[axes]
         if order is not None:
             parts = x.split(send)
             x = torch.cat([parts[i] for i in order[0]])
             send, recv = [send[i] for i in order[0]], [recv[i] for i in order[0]]
-        y = ops.wait_tensor(ops.all_to_all_single(x, recv, send, self._group(axes)))
-        if order is None:
-            return y
-        parts = y.split(recv)
-        return torch.cat([parts[i] for i in order[1]])
+        y = ops.all_to_all_single(x, recv, send, self._group(axes))
+
+        def wait() -> Tensor:
+            rows = ops.wait_tensor(y)
+            if order is None:
+                return rows
+            parts = rows.split(recv)
+            return torch.cat([parts[i] for i in order[1]])
+
+        return wait
 
     def ppermute(self, x: Tensor, axes: Axes, shift: int) -> Tensor:
         return self.ppermute_async(x, axes, shift)()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +18,7 @@ from megatree.parallel.layout import PIPELINE, Layout
 from megatree.parallel.model import ModelProgram
 from megatree.parallel.pieces import Pieces
 from megatree.parallel.remat import Entry
+from megatree.parallel.siblings import Siblings, join_siblings
 from megatree.parallel.split import DeferredWeight, split_backward
 from megatree.parallel.types import ShardType
 from megatree.runtime.offload import Offload, Transfers
@@ -102,13 +104,29 @@ class BoundModel:
         comm: RankComm,
         *,
         transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
+        siblings: Mapping[str, Sequence[Siblings]] = MappingProxyType({}),
     ) -> None:
+        """Bind a model.
+
+        Args:
+            program: the model.
+            comm: this rank's collectives.
+            transform: applied to every bound program (torch.compile, say).
+            siblings: unit -> weights that lie side by side and are multiplied as one (see
+                `side_by_side`).
+        """
         comm.prepare(needed_axes(program))
         self.program, self.comm, self._transform = program, comm, transform
         self._consts = program.consts.bind(comm)
         self._remat = program.layout.remat
         self._layers_of = {name for name, index, _ in program.order if index is not None}
-        self._units = {name: self._bind(name, u.program.graph) for name, u in program.units.items()}
+        self._joined = {
+            name: join_siblings(u.program, siblings.get(name, ()))
+            for name, u in program.units.items()
+        }
+        self._units = {
+            name: self._bind(name, joined.graph) for name, joined in self._joined.items()
+        }
         self._weights = {
             name: generate(u.weights, comm)
             for name, u in program.units.items()
@@ -177,10 +195,13 @@ class BoundModel:
     def consts(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the consts of a local microbatch.
 
+        What a survey would add (`Chain.survey`) is zero where nobody has made one.
+
         Raises:
             ValueError: an entry is missing, too much, or not this rank's piece of what the model
                 was lowered for: counts and offsets of the program are those of its shapes.
         """
+        batch = {**self.no_survey, **batch}
         missing = sorted(set(self.program.model.batch) ^ set(batch))
         if missing:
             raise ValueError(
@@ -199,6 +220,19 @@ class BoundModel:
         with torch.no_grad():
             flat = self._consts(*leaves_of(dict(batch)))
         return dict(zip(self.program.const_names, flat, strict=True))
+
+    @cached_property
+    def no_survey(self) -> dict[str, Tensor]:
+        """What a survey would add, as it is without one."""
+        types, sizes = self.program.consts.types, self.program.layout.sizes
+        return {
+            name: torch.zeros(
+                types[f"batch.{name}"].local_shape(sizes),
+                dtype=types[f"batch.{name}"].dtype,
+                device=self.comm.device,
+            )
+            for name in self.program.model.survey
+        }
 
     def weights(self, consts: Mapping[str, Tensor]) -> dict[TermKey, Tensor]:
         """Compute the local weights of all loss terms; they depend on the batch alone."""
@@ -297,6 +331,8 @@ class BoundModel:
         for name, index, number in entries:
             unit = self.program.units[name]
             w, rest = leaves[name, index], self._consts_for(name, consts, number)
+            if not defer:
+                w = self._joined[name](w)
             if isinstance(keep, Offload):
                 keep.leave(*w, *rest)
             inputs = (*w, *carry, *rest)

@@ -26,6 +26,10 @@ Choose = Callable[[Tensor, int], Tensor]
 """(logits [rows, vocab], how many tokens have been chosen) -> one token id per row."""
 
 
+SEQUENCE = ("seq", "seq_res", "seq_moe")
+"""Names of the sequence: in attention, along the residual stream, on the way to experts."""
+
+
 @dataclass(frozen=True)
 class Generator:
     """A model's logits on one rank, for sequences of one padded length."""
@@ -137,7 +141,7 @@ def load_generator(
     groups = pack(program, stage_rank=rank, storage=Storage())
     buffers = {group.name: group.allocate(group.dtype, comm.device) for group in groups}
     pieces = list(buffer_pieces(program, groups, comm, buffers, "params"))
-    checkpoint.load(path, pieces, world=world, allow_extra=("opt.*",))
+    checkpoint.load(path, pieces, world=world, allow_extra=("opt.*", "params.mtp.*"))
     return Generator(BoundModel(program, comm), _leaves(program, groups, buffers, rank), world)
 
 
@@ -169,7 +173,7 @@ def sampling(*, temperature: float, seed: int) -> Choose:
 def padded_length(longest: int, layout: Layout, most: int) -> int:
     """Return the least sequence length that holds `longest` tokens and divides over the layout."""
     parts = 1
-    for axis in ("seq", "seq_res"):
+    for axis in SEQUENCE:
         sizes = [layout.mesh.sizes[mesh_axis] for mesh_axis in layout.axes(axis)]
         parts = math.lcm(parts, math.prod(sizes))
     return min(-(-longest // parts) * parts, most)

@@ -14,6 +14,7 @@ from megatree.parallel.layout import PIPELINE, Layout
 from megatree.parallel.model import ModelProgram, lower_model
 from megatree.parallel.packing import Group, pack, views
 from megatree.parallel.precision import Precision
+from megatree.parallel.siblings import side_by_side
 from megatree.runtime.executor import Executor
 from megatree.runtime.forward import BoundModel, TermKey, one_device
 from megatree.runtime.leaves import Leaves, count_uses, held_groups
@@ -64,16 +65,41 @@ class Gradients:
         """
         leaves = self.executor.leaves
         self.precision.check_microbatches(len(microbatches))
+        microbatches = self.surveyed(microbatches)
         schedule = self.bound.program.layout.schedule_for(len(microbatches))
         consts, weights = self._consts_and_weights(microbatches, self.bound, look=look)
         leaves.begin(len(microbatches))
         outputs = self.executor.run(schedule, consts, weights, scale=scale)
         leaves.finish()
         return (
-            self._values([out.sums for out in outputs], weights),
+            self._values([out.sums for out in outputs], weights, self.bound),
             {key[2]: weight for key, weight in weights.items()},
             whole_metrics(self.bound.program, self.bound.comm, [out.metrics for out in outputs]),
         )
+
+    @torch.no_grad()
+    def surveyed(
+        self, microbatches: Sequence[Mapping[str, Tensor]]
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """Add what the model wants to know of the whole step before it takes gradients
+        (`Chain.survey`): a forward of all microbatches, if there are several.
+        """
+        bound, survey = self.bound, self.bound.program.model.survey
+        if not survey or len(microbatches) == 1:
+            return microbatches
+        parts = [
+            run_stages(bound, self.executor.leaves.of, bound.consts(batch)).metrics
+            for batch in microbatches
+        ]
+        outs = whole_metrics(bound.program, bound.comm, parts)
+        found = {}
+        for entry, sources in survey.items():
+            found[entry] = table = torch.zeros_like(bound.no_survey[entry])
+            for metric, first in sources.items():
+                unit = metric.rpartition(".")[0]
+                rows = [first + number for name, _, number in bound.program.order if name == unit]
+                table[rows] = outs[metric].mean(0).to(table.dtype)
+        return [{**batch, **found} for batch in microbatches]
 
     @torch.no_grad()
     def values(
@@ -86,7 +112,7 @@ class Gradients:
         consts, weights = self._consts_and_weights(microbatches, bound)
         outputs = [run_stages(bound, self.executor.leaves.of, c) for c in consts]
         return (
-            self._values([out.sums for out in outputs], weights),
+            self._values([out.sums for out in outputs], weights, bound),
             whole_metrics(bound.program, bound.comm, [out.metrics for out in outputs]),
         )
 
@@ -101,30 +127,37 @@ class Gradients:
                 f"step: no segment of {sorted(bound.program.units)} has a loss term. "
                 'Return {"terms": {name: (sum, weight)}} from one of them.'
             )
-        weights = self._total([bound.weights(c) for c in consts], keys, 1)
+        weights = self._total([bound.weights(c) for c in consts], keys, 1, bound)
         if look:
             read = [(key[2], weight.item()) for key, weight in weights.items()]
             check_weights(read, len(microbatches))
         return consts, weights
 
     def _values(
-        self, sums: Sequence[Mapping[TermKey, Tensor]], weights: Mapping[TermKey, Tensor]
+        self,
+        sums: Sequence[Mapping[TermKey, Tensor]],
+        weights: Mapping[TermKey, Tensor],
+        bound: BoundModel,
     ) -> dict[str, Tensor]:
         """Divide the terms' sums by their weights, and add a stack's layers."""
         values: dict[str, Tensor] = {}
-        for key, total in self._total(sums, self.bound.term_keys, 0).items():
+        for key, total in self._total(sums, bound.term_keys, 0, bound).items():
             value = total / weights[key]
             values[key[2]] = values[key[2]] + value if key[2] in values else value
         return values
 
     def _total(
-        self, parts: Sequence[Mapping[TermKey, Tensor]], keys: Sequence[TermKey], which: int
+        self,
+        parts: Sequence[Mapping[TermKey, Tensor]],
+        keys: Sequence[TermKey],
+        which: int,
+        bound: BoundModel,
     ) -> dict[TermKey, Tensor]:
         """Add a quantity of every term over microbatches and over the axes on which it is pending.
 
         A sum (`which` 0) exists on the pipeline rank of its stage only; a weight (1) everywhere.
         """
-        comm, units = self.bound.comm, self.bound.program.units
+        comm, units = bound.comm, bound.program.units
         by_axes: dict[tuple[str, ...], list[TermKey]] = {}
         for key in keys:
             unit = units[key[0]]
@@ -172,7 +205,8 @@ def make_gradients(
     """Allocate buffers for a lowered model and bind it to a rank."""
     rank = comm.coords.get(PIPELINE, 0)
     groups = groups or pack(program, stage_rank=rank)
-    bound = BoundModel(program, comm, transform=transform)
+    siblings = side_by_side(program, groups)
+    bound = BoundModel(program, comm, transform=transform, siblings=siblings)
     everywhere = [
         group
         for other in range(program.layout.num_stage_ranks)  # every rank makes every set of ranks

@@ -60,8 +60,9 @@ class Leaves:
         for key, (group, row, leaf) in self._places.items():
             if group.num_parts("params") == 1:
                 value = group.whole(weights.stored[group.name][row], leaf)
-                value = value.detach().requires_grad_()
-                value.register_post_accumulate_grad_hook(self._hook)
+                value = value.detach()
+                if group.trained:
+                    value.requires_grad_().register_post_accumulate_grad_hook(self._hook)
                 self._resident[key], self._key_of[id(value)] = value, key
         self._gathered = Gathered(weights)
         self._rows = {
@@ -127,8 +128,9 @@ class Leaves:
         out: dict[Key, Tensor] = {}
         for entry in entries:
             for key in self._keys[entry]:
-                if key in self._resident and key not in without:
-                    out[key] = self._resident[key]
+                leaf = self._resident.get(key)
+                if leaf is not None and leaf.requires_grad and key not in without:
+                    out[key] = leaf
             for bucket in self._rows[entry]:
                 out[f"row {bucket[0]}", bucket[1]] = self._tokens[bucket]
         return out

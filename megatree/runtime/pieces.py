@@ -84,6 +84,10 @@ def save(
 ) -> None:
     """Write a checkpoint of a training state; every rank calls it.
 
+    Law: the state is saved as it is now. A saver in the background may still copy it when this
+    returns; the next step waits for the copy before its update, as whatever changes the parameters
+    does.
+
     Args:
         path: the directory to make, for example ".../step_00000020".
         step: the bound step whose layout cuts the state.
@@ -95,7 +99,7 @@ def save(
     extra = {**(extra or {}), **state.counters()}
     pieces = state_pieces(step, state, step.gradients.weights.shards())
     saver = saver or Saver(world)
-    saver.save(path, pieces, step=state.step, extra=extra)
+    state.weights.lend(saver.begin(path, pieces, step=state.step, extra=extra))
 
 
 class LoadedState(NamedTuple):

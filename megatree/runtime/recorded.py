@@ -235,6 +235,16 @@ class RecordedComm(RankComm):
     def all_to_all_v(self, x: Tensor, axes: Axes, send: list[int], recv: list[int]) -> Tensor:
         return self._call("all_to_all_v", x, axes, self.comm.all_to_all_v, send, recv)
 
+    def all_to_all_async(
+        self, x: Tensor, axes: Axes, split_dim: int, concat_dim: int
+    ) -> Callable[[], Tensor]:
+        return self._start("all_to_all", x, axes, self.comm.all_to_all_async, split_dim, concat_dim)
+
+    def all_to_all_v_async(
+        self, x: Tensor, axes: Axes, send: list[int], recv: list[int]
+    ) -> Callable[[], Tensor]:
+        return self._start("all_to_all_v", x, axes, self.comm.all_to_all_v_async, send, recv)
+
     def ppermute(self, x: Tensor, axes: Axes, shift: int) -> Tensor:
         return self._call("ppermute", x, axes, self.comm.ppermute, shift)
 

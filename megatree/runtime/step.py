@@ -19,6 +19,7 @@ from megatree.parallel.model import ModelProgram, lower_model
 from megatree.parallel.order import to_order
 from megatree.parallel.packing import Group, pack
 from megatree.parallel.precision import Precision
+from megatree.parallel.siblings import side_by_side
 from megatree.runtime.forward import BoundModel, one_device
 from megatree.runtime.gradients import Gradients, make_gradients
 from megatree.runtime.norm import clip_factor, global_norm
@@ -138,7 +139,11 @@ class TrainStep:
     @cached_property
     def rules(self) -> dict[str, GroupRule]:
         """Group name -> what the optimizer is told about it."""
-        return {group.name: group_rule(group, self.program, self.comm) for group in self.groups}
+        return {
+            group.name: group_rule(group, self.program, self.comm)
+            for group in self.groups
+            if group.trained
+        }
 
     @property
     def comm(self) -> RankComm:
@@ -197,7 +202,7 @@ class TrainStep:
         return _float32_like(shards, precision) if precision.master else {}
 
     def _state(self, shards: Mapping[str, Tensor], master: dict[str, Tensor]) -> TrainState:
-        opt = self.optimizer.init({**shards, **master}, self.rules)
+        opt = self.optimizer.init(self._trained({**shards, **master}), self.rules)
         scaling = self.gradients.precision.loss_scale
         scale = None if scaling is None else scaling.start()
         return TrainState(0, self.gradients.weights, opt, master, scale=scale)
@@ -293,7 +298,7 @@ class TrainStep:
             scale = factor / loss_scale
             if not isinstance(scale, Tensor):
                 scale = _scalar(scale, torch.float32, self.comm.device)
-            self._update(state, grads, scale.float(), None if self.waits else bad)
+            self._update(state, grads, scale.float(), None if self.waits else bad, outs)
         after = replace(state, step=state.step + 1, skipped=state.skipped + skips)
         if precision.loss_scale is not None and state.scale is not None:
             after.scale = precision.loss_scale.after(state.scale, overflow=overflow)
@@ -332,6 +337,7 @@ class TrainStep:
         grads: Mapping[str, Tensor],
         scale: Tensor,
         found_inf: Tensor | None,
+        outs: Mapping[str, Tensor],
     ) -> None:
         """Update masters and parameters; gathers of what is stored cut run on."""
         shards = state.weights.shards()
@@ -340,24 +346,53 @@ class TrainStep:
         if rounds:
             wide = {n: x.float() for n, x in targets.items() if x.dtype.itemsize < 4}
             targets = {**targets, **wide}
+        copies = {} if rounds else self._trained({n: shards[n] for n in state.master})
         self.optimizer.update(
-            targets,
-            grads,
+            self._trained(targets),
+            self._trained(grads),
             state.opt,
             step=state.updates,
             groups=self.rules,
             scale=scale,
             found_inf=found_inf,
+            copies=copies,
         )
+        self._move(targets, outs, found_inf)
         for group in self.groups:
             source, target = targets[group.name], shards[group.name]
-            if source is target:
+            if source is target or group.name in copies:
                 continue
             if rounds and source.dtype != target.dtype:
                 self._round(group, source, target, state.step)
             else:
                 target.copy_(source)
         state.weights.publish(shards)
+
+    def _trained(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out the groups that have no gradients."""
+        return {g.name: buffers[g.name] for g in self.groups if g.trained and g.name in buffers}
+
+    def _move(
+        self, targets: Mapping[str, Tensor], outs: Mapping[str, Tensor], found_inf: Tensor | None
+    ) -> None:
+        """Move what is not trained by the metrics of the step, which all ranks share."""
+        model = self.program.model
+        for group in self.groups:
+            if group.trained:
+                continue
+            prefix = f"{group.unit}."
+            metrics = {k.removeprefix(prefix): x for k, x in outs.items() if k.startswith(prefix)}
+            for leaf, layer, view in group.pieces(targets[group.name]):
+                if (move := model.moves.get(leaf.path)) is None:
+                    continue
+                here = metrics if layer is None else {k: x[:, layer] for k, x in metrics.items()}
+                box = group.piece_box(
+                    self.program.types[leaf.path], leaf, self.comm.sizes, self.comm.coords
+                )
+                change = move(here, model.cfg)[tuple(slice(*edge) for edge in box)].to(view.dtype)
+                if found_inf is not None:
+                    change = change.masked_fill(found_inf > 0, 0.0)
+                view.add_(change)
 
     def _round(self, group: Group, source: Tensor, target: Tensor, step: int) -> None:
         """Round updated parameters by (seed, step, path, layer, global element index)."""
@@ -439,7 +474,12 @@ def train_step(
     )
     evaluation = gradients.bound
     if (form := model.for_evaluation()) is not model:
-        evaluation = BoundModel(lower_model(form, layout), comm, transform=transform)
+        evaluation = BoundModel(
+            lower_model(form, layout),
+            comm,
+            transform=transform,
+            siblings=side_by_side(program, groups),
+        )
     return TrainStep(program, gradients, evaluation, optimizer, max_norm, seed, max_value)
 
 

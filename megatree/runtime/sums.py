@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from megatree.parallel.comm import RankComm
@@ -74,7 +75,7 @@ class GradientSums:
             target.add_(group.unflattened(grad, leaf))
         else:
             self._reached[bucket].add(leaf.path)
-            target.copy_(group.unflattened(grad, leaf))
+            _copy(target, group.unflattened(grad, leaf))
         self._left[bucket] -= arrivals
         if group.num_parts("grads") > 1:
             if self._left[bucket] % self.uses[bucket] == 0:
@@ -180,3 +181,11 @@ class GradientSums:
                 buffer = parts[:, self.comm.index(rest)]
             out[group.name] = buffer
         return out
+
+
+def _copy(target: Tensor, value: Tensor) -> None:
+    """Copy; on a GPU by a kernel, as the driver's copy runs at 1.9 of 3.0 TB/s (H100)."""
+    if target.is_cuda and target.dtype == value.dtype:
+        torch.mul(value, 1.0, out=target)
+    else:
+        target.copy_(value)

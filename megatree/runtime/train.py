@@ -25,7 +25,7 @@ from megatree.runtime.batch_ramp import BatchRamp
 from megatree.runtime.health import Health, Vitals, check_step, numbers_of
 from megatree.runtime.invariants import check_invariant
 from megatree.runtime.later import Later
-from megatree.runtime.meter import meter
+from megatree.runtime.meter import Meter, meter
 from megatree.runtime.recorded import Recorder
 from megatree.runtime.signals import StopRequest
 from megatree.runtime.step import Metrics, TrainState, TrainStep
@@ -81,12 +81,15 @@ class Care:
         stop: a request to stop, as signals make it; None heeds none.
         recorder: of this rank's calls, to find where a value first was not finite.
         peak_flops: FLOP/s of one device for MFU; None for what is known of it.
+        after: called after every step, with the number of steps made since the run began or went
+            on; the device may still be at work on it (a profile counts with it).
     """
 
     health: Health = field(default_factory=Health)
     stop: StopRequest | None = None
     recorder: Recorder | None = None
     peak_flops: float | None = None
+    after: Callable[[int], None] = lambda made: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +242,7 @@ def on_device(step: TrainStep, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         ValueError: the data and the model do not name the same entries.
     """
-    needed = set(step.program.model.batch) - {"key"}
+    needed = set(step.program.model.batch) - step.program.model.added
     if odd := sorted(needed.symmetric_difference(batch)):
         which = "lacks" if odd[0] in needed else "has"
         raise ValueError(
@@ -251,11 +254,15 @@ def on_device(step: TrainStep, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def evaluate(step: TrainStep, data: Batches, *, num_samples: int, microbatch: int) -> float:
-    """Return the loss over the first samples of a held-out order; every rank calls it."""
+    """Return the loss over the first samples of a held-out order; every rank calls it.
+
+    It is the term "loss", without what else a model is trained for; the sum where there is none.
+    """
     share = share_of(step, microbatch)
     with Loader(data, batch_size=num_samples, share=share, prefetch=0) as loader:
         batches = [on_device(step, part) for part in next(loader).microbatches]
-    return sum(value.item() for value in step.evaluate(batches).values())
+    terms = step.evaluate(batches)
+    return sum(x.item() for x in ([terms["loss"]] if "loss" in terms else terms.values()))
 
 
 def train(
@@ -269,6 +276,7 @@ def train(
     valid: Callable[[], float] | None = None,
     extra: Mapping[str, Any] | None = None,
     report: Report = lambda kind, fields: None,
+    measure: Callable[[Mapping[str, Tensor]], Mapping[str, Any]] = lambda outs: {},
     care: Care = Care(),
     saver: Saver | None = None,
 ) -> Progress:
@@ -287,6 +295,7 @@ def train(
         valid: computes the held-out loss, on all ranks together; None evaluates never.
         extra: small values to keep in checkpoints.
         report: called on rank 0.
+        measure: what a report says of the segments' metrics (`Metrics.outs`).
         care: what the run is looked after with.
         saver: writes the checkpoints, perhaps while training goes on; None waits for each.
 
@@ -311,7 +320,7 @@ def train(
     measured = meter(step.program, step.comm.device, care.peak_flops)
     tell = report if world.rank == 0 else _say_nothing
     state, consumed = progress.state, progress.consumed
-    logged, before, clock = state.step, consumed, time.perf_counter()
+    log = _Log(loop, measured, lr, measure, tell, state.step, consumed)
     stops, held_out = False, math.nan
     delay = 0 if step.waits else care.health.delay
 
@@ -321,6 +330,8 @@ def train(
         return step(state, batches, ahead=delay > 0, most=vitals.most())
 
     behind: deque[_Made] = deque()
+    told_every = [loop.log_every, loop.save_every if loop.directory else 0]
+    told_every += [loop.eval_every] if valid is not None else []
     saver = saver or Saver(world)
     with loader, saver:
         while state.step < loop.steps and not stops:
@@ -329,35 +340,28 @@ def train(
                 state, metrics = make(state, batches)  # the first one may compile for long
             else:
                 state, metrics = care.recorder.alone("step", make, state, batches)
+            care.after(state.step - progress.state.step)
             consumed = loader.consumed
             made = _Made(state, metrics, batches, consumed)
+            made = replace(made, tells=any(loop.due(state.step, n) for n in told_every))
             if delay:
                 behind.append(_on_its_way(made, step, loop, care))
                 left = 0 if _is_due(state.step, loop, care.health) else delay
-                asked = _catch_up(behind, left, vitals, step, world, care, tell)
+                asked = _catch_up(behind, left, vitals, step, world, care, log)
                 stops = asked and state.step < loop.steps
             else:
-                _look(made, vitals, step, world, care, tell)
+                _look(made, vitals, step, world, care, log)
                 stops = _asked(step, state, loop, care)
             _tell_saved(saver, tell)
             evaluates = valid is not None and not stops and loop.due(state.step, loop.eval_every)
             saves = bool(loop.directory) and (stops or loop.due(state.step, loop.save_every))
-            if evaluates or saves or loop.due(state.step, loop.log_every):
-                seconds = time.perf_counter() - clock
-                fields = {
-                    **_numbers(state, metrics),
-                    "lr": lr(max(0, state.updates - 1)),
-                    "ms": seconds / (state.step - logged) * 1e3,
-                    **measured.rates((consumed - before) // loop.microbatch, seconds),
-                    "memory_bytes": measured.memory(),
-                    "consumed": consumed,
-                }
-                tell("step", fields)
-                logged, before, clock = state.step, consumed, time.perf_counter()
+            if saves and not made.tells:  # as it stops
+                log.step(made)
             if evaluates and valid is not None:
                 held_out = valid()
-                tell("eval", {"step": state.step, "valid_loss": held_out, "ms": _ms_since(clock)})
-                clock = time.perf_counter()
+                ms = _ms_since(log.clock)
+                tell("eval", {"step": state.step, "valid_loss": held_out, "ms": ms})
+                log.clock = time.perf_counter()
             if saves:
                 path = str(place_of(loop.directory) / step_name(state.step))
                 told = {"loss": metrics.loss.item()}
@@ -376,7 +380,7 @@ def train(
                 if stops or state.step == loop.steps:
                     saver.wait()
                 _tell_saved(saver, tell)
-                clock = time.perf_counter()
+                log.clock = time.perf_counter()
             if stops:
                 tell("stopped", {"step": state.step, "saved": saves})
     state.weights.settle()
@@ -385,18 +389,23 @@ def train(
 
 @dataclass(frozen=True)
 class _Made:
-    """A step that was made: the state after it, what it reports and read, its numbers to come."""
+    """A step that was made: the state after it, what it reports and read, its numbers to come, and
+    whether it is reported.
+    """
 
     state: TrainState
     metrics: Metrics
     batches: Sequence[Mapping[str, Tensor]]
     consumed: int
     numbers: Later | None = None
+    tells: bool = False
 
 
 def _on_its_way(made: _Made, step: TrainStep, loop: Loop, care: Care) -> _Made:
     """Ask the device for what has to be looked at, and whether a rank was asked to stop."""
     named = numbers_of(made.metrics)
+    if made.tells:
+        named |= {f"term.{name}": value for name, value in made.metrics.terms.items()}
     if care.stop is not None and made.state.step < loop.steps:
         named["stop"] = care.stop.vote(step.comm)
     return replace(made, numbers=Later(named))
@@ -404,7 +413,7 @@ def _on_its_way(made: _Made, step: TrainStep, loop: Loop, care: Care) -> _Made:
 
 def _is_due(step: int, loop: Loop, health: Health) -> bool:
     """Whether something happens after this step before which all steps are looked at."""
-    every = [loop.log_every, loop.eval_every, loop.save_every, health.invariant_every]
+    every = [loop.eval_every, loop.save_every, health.invariant_every]
     return any(loop.due(step, n) for n in every)
 
 
@@ -415,7 +424,7 @@ def _catch_up(
     step: TrainStep,
     world: World,
     care: Care,
-    tell: Report,
+    log: "_Log",
 ) -> bool:
     """Look at steps until `left` wait, or at all if one says that the run stops: whether it does.
 
@@ -426,7 +435,7 @@ def _catch_up(
         made = behind.popleft()
         assert made.numbers is not None
         read = made.numbers.read()
-        _look(made, vitals, step, world, care, tell, read=read)
+        _look(made, vitals, step, world, care, log, read=read)
         stops = stops or read.get("stop", 0.0) > 0
     return stops
 
@@ -437,21 +446,62 @@ def _look(
     step: TrainStep,
     world: World,
     care: Care,
-    tell: Report,
+    log: "_Log",
     *,
     read: Mapping[str, float] | None = None,
 ) -> None:
-    """Look at a step that was made; refuse to go on when something is wrong."""
+    """Look at a step that was made, and report it; refuse to go on when something is wrong."""
     state, consumed = made.state, made.consumed
     odd = check_step(
         vitals, step, state, made.metrics, made.batches, world, recorder=care.recorder, read=read
     )
     if odd is not None:
-        tell("odd", {"step": state.step, "text": odd})
+        log.tell("odd", {"step": state.step, "text": odd})
     every = care.health.invariant_every
     if every and state.step % every == 0:
         facts = {"consumed": consumed, "seed": step.seed, "vitals": vitals.to_json()}
         check_invariant(step, state, world, facts=facts)
+    if made.tells:
+        log.step(made, read)
+
+
+class _Log:
+    """Reports steps, as soon as their numbers are there: rates are those since the last report."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        measured: Meter,
+        lr: Callable[[int], float],
+        measure: Callable[[Mapping[str, Tensor]], Mapping[str, Any]],
+        tell: Report,
+        step: int,
+        consumed: int,
+    ) -> None:
+        self.loop, self.measured, self.lr, self.measure = loop, measured, lr, measure
+        self.tell, self.last, self.consumed = tell, step, consumed
+        self.clock = time.perf_counter()
+
+    def step(self, made: _Made, read: Mapping[str, float] | None = None) -> None:
+        """Report a step; without numbers that have arrived, the device is asked."""
+        state = made.state
+        numbers = _numbers(state, made.metrics, read)
+        found = self.measure(made.metrics.outs)
+        seconds = time.perf_counter() - self.clock
+        microbatches = (made.consumed - self.consumed) // self.loop.microbatch
+        self.tell(
+            "step",
+            {
+                **numbers,
+                **found,
+                "lr": self.lr(max(0, state.updates - 1)),
+                "ms": seconds / (state.step - self.last) * 1e3,
+                **self.measured.rates(microbatches, seconds),
+                "memory_bytes": self.measured.memory(),
+                "consumed": made.consumed,
+            },
+        )
+        self.last, self.consumed, self.clock = state.step, made.consumed, time.perf_counter()
 
 
 def _asked(step: TrainStep, state: TrainState, loop: Loop, care: Care) -> bool:
@@ -459,13 +509,21 @@ def _asked(step: TrainStep, state: TrainState, loop: Loop, care: Care) -> bool:
     return care.stop is not None and state.step < loop.steps and care.stop.agreed(step.comm)
 
 
-def _numbers(state: TrainState, metrics: Metrics) -> dict[str, Any]:
+def _numbers(
+    state: TrainState, metrics: Metrics, read: Mapping[str, float] | None
+) -> dict[str, Any]:
     """Return what a step reports, as plain numbers."""
+    if read is None:
+        loss, norm = metrics.loss.item(), metrics.grad_norm.item()
+        terms = {name: value.item() for name, value in metrics.terms.items()}
+    else:
+        loss, norm = read["loss"], read["grad_norm"]
+        terms = {name: read[f"term.{name}"] for name in metrics.terms}
     return {
         "step": state.step,
-        "loss": metrics.loss.item(),
-        "terms": {name: value.item() for name, value in metrics.terms.items()},
-        "grad_norm": metrics.grad_norm.item(),
+        "loss": loss,
+        "terms": terms,
+        "grad_norm": norm,
         "skipped": state.skipped,
         "loss_scale": metrics.loss_scale,
     }

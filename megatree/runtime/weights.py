@@ -33,6 +33,18 @@ class Weights:
         self._arriving: dict[Bucket, Callable[[], None]] = {}
         self.version = 0
         """Number of changes: what was gathered before one is of old weights."""
+        self._readers: list[Callable[[], None]] = []
+
+    def lend(self, settle: Callable[[], None]) -> None:
+        """Let a thread beside the training read these buffers, and all that an update changes with
+        them, until `settle` returns: whoever changes something calls `shards` or `fill` first,
+        and those wait for it.
+        """
+        self._readers.append(settle)
+
+    def _recall(self) -> None:
+        while self._readers:
+            self._readers.pop()()
 
     def shards(self) -> dict[str, Tensor]:
         """Return this rank's parts at the finest level, group name -> [rows, elements].
@@ -40,6 +52,7 @@ class Weights:
         Views of the parameters, except where those are stored whole and the optimizer's state is
         cut: copies then, for `publish` to write back.
         """
+        self._recall()
         self.settle()
         return {group.name: self._shard(group) for group in self.groups}
 
@@ -140,6 +153,7 @@ class Weights:
         names, leaves, _ = flatten_with_names(tree)
         table = dict(zip(names, leaves, strict=True))
         index = {g.name: self.comm.index(g.axes("params")) for g in self.groups}
+        self._recall()
         self.settle()
         self.version += 1
         for group in self.groups:

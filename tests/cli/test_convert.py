@@ -54,6 +54,27 @@ def test_the_difference_of_two_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert "2 of 2 leaves differ" in shown
 
 
+def test_a_dry_run_says_where_every_leaf_goes_and_fails_if_one_goes_nowhere(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(shared / "goldens/checkpoints/llama_tp2_mcore0192")
+    there = str(tmp_path / "x")
+    assert main(["convert", source, there, "--to", "torch_dist", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"opt\.v\.blocks\.dense\.w_down +layers ffn embed +float32 +"
+        r"optimizer\.state\.exp_avg_sq\.decoder\.layers\.mlp\.linear_fc2\.weight +layers emb",
+        shown,
+    )
+    assert "left out: optimizer.state.param.output_layer.weight (copies of float32" in shown
+    assert main(["convert", source, there, "--to", "hf", "--dry-run"]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"opt\.m\.head\.norm +embed +float32 +-", shown)
+    assert "unmapped: opt.m.head.norm has no place in the target" in shown
+    assert main(["convert", source, there, "--to", "hf", "--weights-only", "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_damage_and_what_has_no_place_end_with_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -292,6 +292,9 @@ VOCABULARY: dict[str, list[Case]] = {
     "linear": [plain(X, real(8, 6)), plain(X, real(2, 4, 6)), plain(X, ROW)],
     "project": [called(lambda f, x, a, b: f(x, (a, b)), X, real(8, 6), real(2, 4, 6))],
     "dropout": [called(lambda f, x, k: f(x, k, rate=0.4), X, KEY)],
+    "jitter": [called(lambda f, x, k: f(x, k, rate=0.4), X, KEY)],
+    "ahead": [called(lambda f, x: f(x, by=2, fill=0), whole(8, 2, 4, 6))],
+    "beside": [plain(real(2, 4, 6, 2), real(2, 4, 4))],
     "embedding": [plain(whole(8, 4), real(8, 6)), plain(whole(8, 2, 4), real(8, 6))],
     "fold": [called(lambda f, k, n: f(k, "layer", n), KEY, torch.tensor(3))],
     "cross_entropy": [
@@ -324,12 +327,17 @@ VOCABULARY: dict[str, list[Case]] = {
         ),
         called(lambda f, x: f(x, k=1, score="sqrtsoftplus"), X),
     ],
+    "weigh": [
+        called(lambda f, x, n: f(x, n), real(2, 4, 6), whole(6, 2, 4, 2)),
+        called(lambda f, x, n: f(x, n, score="sigmoid"), real(2, 4, 6), whole(6, 2, 4, 2)),
+    ],
     "router_probabilities": [plain(X), called(lambda f, x: f(x, score="sigmoid"), X)],
     "expert_counts": [called(lambda f, n: f(n, num_experts=6), whole(7, 2, 4, 6))],
     "drop_over_capacity": [
         called(lambda f, x, n: f(x, n, num_experts=5, capacity=2), real(2, 4, 3), whole(5, 2, 4, 3))
     ],
     "rope": [
+        called(lambda f, x, t: f(x, t, last=True, neighbours=True), real(2, 4, 2, 6), TABLE),
         plain(real(2, 4, 2, 6), TABLE),
         plain(real(2, 4, 2, 2, 6), torch.stack([TABLE, TABLE])),
     ],
@@ -345,7 +353,7 @@ VOCABULARY: dict[str, list[Case]] = {
 }
 """Name in `megatree.functional` -> its calls."""
 
-NO_OPS = {"Out", "experts", "local_map", "op"}
+NO_OPS = {"Out", "experts", "local_map", "op", "sinkhorn"}
 """What `megatree.functional` exports that is no op: tested in test_local_map, test_op_rules
 and test_moe."""
 

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,16 @@ from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.mesh import Mesh
 from megatree.parallel.schedule import one_f_one_b
 from megatree.parallel.threads import ThreadComm, Threads
+from megatree.recipes.config import CheckpointConfig, OptimizerConfig
 from megatree.recipes.convert import Options, convert, plan_conversion
 from megatree.recipes.formats import Format, open_checkpoint
-from megatree.recipes.inspect import differences, verify
+from megatree.recipes.inspect import differences, lines, verify
+from megatree.recipes.job import run
+from megatree.recipes.saved import load_config
 from megatree.runtime.generate import load_generator
 from tests.io.formats.in_memory import assert_same
 from tests.recipes.foreign import CONFIGS, logits, tensors_of, their_model
+from tests.recipes.tiny_run import tiny_run
 from tests.thread_worlds import threaded_worlds
 from tests.tolerances import distance
 
@@ -118,29 +124,86 @@ def test_stories260k_speaks_as_with_transformers(shared: Path, tmp_path: Path) -
         assert distance(logits(open_checkpoint(path), tokens), expected) < CLOSE
 
 
+DENSE = ("llama2", "llama3", "llama tied", "mistral", "qwen2", "qwen3", "gpt2")
+
+
+def logits_on_tp2_pp2(folder: Path, tokens: torch.Tensor, last: torch.Tensor) -> list[torch.Tensor]:
+    """Return what each of four ranks says of the last tokens of rows, from our own format."""
+    cfg = open_checkpoint(folder).model
+    assert cfg is not None
+    cfg = replace(cfg, vocab_pad=2)
+    rules = Rules(kv_heads="tp", ffn="tp", vocab="tp", seq_res="tp")
+    layout = Layout(Mesh(pp=2, tp=2), rules, schedule=one_f_one_b)
+    worlds = threaded_worlds(4)
+    batch, seq = tokens.shape
+
+    def rank_main(comm: ThreadComm) -> torch.Tensor:
+        chain = gpt(cfg, batch_size=batch, dtype=torch.float64).for_evaluation().up_to("head")
+        generator = load_generator(
+            str(folder / "step_00000000"),
+            chain.with_sizes(seq=seq, seq_res=seq),
+            layout,
+            comm=comm,
+            world=worlds[comm.rank],
+        )
+        return generator.logits(tokens, last)
+
+    return Threads(layout.mesh.sizes).run(rank_main)
+
+
 def test_stories260k_on_tp2_pp2_has_the_same_logits(shared: Path, tmp_path: Path) -> None:
     folder = shared / STORIES
     convert(str(folder), str(tmp_path / "ours"), Options(dtype=torch.float64))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     tokens = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(3))
+    last = torch.tensor([15, 7])
     with torch.no_grad():
-        expected = model(input_ids=tokens).logits[torch.arange(2), torch.tensor([15, 7])]
-    cfg = open_checkpoint(folder).model
-    assert cfg is not None
-    rules = Rules(kv_heads="tp", ffn="tp", vocab="tp", seq_res="tp")
-    layout = Layout(Mesh(pp=2, tp=2), rules, schedule=one_f_one_b)
-    worlds = threaded_worlds(4)
-    step = str(tmp_path / "ours" / "step_00000000")
-
-    def rank_main(comm: ThreadComm) -> torch.Tensor:
-        chain = gpt(cfg, batch_size=2, dtype=torch.float64).up_to("head")
-        generator = load_generator(
-            step, chain.with_sizes(seq=16, seq_res=16), layout, comm=comm, world=worlds[comm.rank]
-        )
-        return generator.logits(tokens, torch.tensor([15, 7]))
-
-    for got in Threads(layout.mesh.sizes).run(rank_main):
+        expected = model(input_ids=tokens).logits[torch.arange(2), last]
+    for got in logits_on_tp2_pp2(tmp_path / "ours", tokens, last):
         assert distance(got, expected) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "name", [x if x == "gpt2" else pytest.param(x, marks=pytest.mark.full) for x in DENSE]
+)
+def test_random_models_on_tp2_pp2_have_the_logits_of_transformers(
+    name: str, tmp_path: Path
+) -> None:
+    """Three layers on two stages, a vocabulary of 97 on two ranks."""
+    model = their_model(name)
+    model.save_pretrained(tmp_path / "hf")
+    convert(str(tmp_path / "hf"), str(tmp_path / "ours"), Options(dtype=torch.float64))
+    tokens = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(3))
+    last = torch.tensor([15, 7])
+    with torch.no_grad():
+        expected = model.double()(input_ids=tokens).logits[torch.arange(2), last]
+    for got in logits_on_tp2_pp2(tmp_path / "ours", tokens, last):
+        assert distance(got[..., :97], expected) < CLOSE
+
+
+def test_training_begins_with_converted_weights(shared: Path, tmp_path: Path) -> None:
+    """`checkpoint.weights` names the result; at a learning rate of 0 it is saved as it was."""
+    convert(str(shared / STORIES), str(tmp_path / "ours"), Options())
+    cfg = load_config(tmp_path / "ours/config.json")
+    source = open_checkpoint(tmp_path / "ours")
+    assert cfg.model == source.model
+    small = {"global_batch": 1, "microbatch": 1, "eval_every": 0, "eval_samples": 0}
+    tiny = tiny_run(tmp_path, steps=1, **small)
+    text = tmp_path / "long.jsonl"
+    text.write_text(json.dumps({"text": "Once upon a time there was a cat. " * 500}))
+    cfg = replace(
+        tiny,
+        model=cfg.model,
+        data=replace(cfg.data, text=str(text), split="100"),
+        optimizer=OptimizerConfig(lr=0.0),
+        checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), weights=str(tmp_path / "ours")),
+    )
+    heard: dict[str, Any] = {}
+    assert run(torch.device("cpu"), cfg, lambda kind, fields: heard.update({kind: fields})) == 1
+    assert heard["start"]["weights"] == str(tmp_path / "ours")
+    assert heard["step"]["loss"] < 4, "a model that was never trained has ln(512), 6.2"
+    saved = open_checkpoint(tmp_path / "run", weights_only=True)
+    assert list(differences(source, saved)) == []
 
 
 LLAMAS = ("llama_tp2_mcore0192", "llama_tp2_mcore0161", "llama_tp2_mcore0192_legacy_plain",
@@ -324,7 +387,10 @@ def test_a_tied_head_stored_twice_must_be_the_table(tmp_path: Path) -> None:
     save_file({**tensors, "lm_head.weight": table.clone()}, tmp_path / "model.safetensors")
     assert list(open_checkpoint(tmp_path).left_out) == ["lm_head.weight"]
     save_file({**tensors, "lm_head.weight": table + 1}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lm_head.weight is stored beside .* and differs"):
+    with pytest.raises(
+        ValueError,
+        match=r"lm_head.weight is stored beside .*: 2328 of 2328 elements differ, by 1 at most",
+    ):
         open_checkpoint(tmp_path)
 
 
@@ -364,6 +430,15 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert len(verify(open_checkpoint(tmp_path / "ours"))) == 1
     with pytest.raises(ValueError, match="exists already"):
         convert(str(tmp_path / "hf"), str(tmp_path / "ours"), Options())
+
+
+def test_the_parts_of_a_leaf_are_told(tmp_path: Path) -> None:
+    their_model("llama2").save_pretrained(tmp_path / "hf")
+    for kind, end in (("megatree", " rank_00000.bin"), ("dcp", "")):
+        convert(str(tmp_path / "hf"), str(tmp_path / kind), Options(target=kind, box_bytes=4000))
+        held = {line.path: line.boxes for line in lines(open_checkpoint(tmp_path / kind))}
+        assert held["params.head.norm"] == f"[0:24]{end}"
+        assert held["params.embed.table"] == f"[0:41, 0:24]{end}, [41:82, 0:24]{end}, and 1 more"
 
 
 def test_boxes_bound_what_is_read_at_once(tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ def noted_elsewhere(gathered: Gathered, x: Tensor) -> Any:
 NOTE = Gathered.note
 
 
-def local_only(gradients: Gradients, parts: Any, keys: Any, which: int) -> dict[Any, Tensor]:
+def local_only(
+    gradients: Gradients, parts: Any, keys: Any, which: int, bound: Any
+) -> dict[Any, Tensor]:
     """Add a term over microbatches, not over ranks."""
     return {key: torch.stack([part[key].double() for part in parts]).sum() for key in keys}
 

@@ -4,7 +4,9 @@ import math
 
 from torch import fx
 
+from megatree.functional.local_map import LocalMap
 from megatree.functional.signature import Signature
+from megatree.parallel.bodies import run_body
 from megatree.parallel.program import Program
 from megatree.parallel.types import ShardType
 
@@ -12,7 +14,8 @@ ATTENTION = ("attention", "attention_blocks")
 
 
 def forward_flops(program: Program, *, local: bool) -> int:
-    """Count the FLOPs of one forward run: products and attention; elementwise work is not counted.
+    """Count the FLOPs of one forward run: products, attention, and what bodies say of theirs
+    (experts: those of the choices); elementwise work is not counted.
 
     A product costs 2 FLOPs per element of its label space. Causal attention counts half of its
     two products, 2 b h t s k in all. The backward costs twice the forward.
@@ -38,6 +41,10 @@ def node_flops(node: fx.Node, sizes: dict[str, int], *, local: bool) -> int:
         for labels, ty in zip(sig.operands, operands, strict=False):
             extent.update({x: n for x, n in zip(labels, shape(ty), strict=True) if x is not None})
         return 2 * math.prod(extent.values())
+    if node.target is run_body:
+        spec = node.args[0]
+        assert isinstance(spec, LocalMap)
+        return spec.flops([shape(ty) for ty in operands]) if spec.flops else 0
     if node.meta.get("op") == "linear_cross_entropy":
         x, table = (shape(ty) for ty in operands[:2])
         return 2 * math.prod(x) * table[0]

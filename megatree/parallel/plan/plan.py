@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from megatree.parallel.layout import PIPELINE, Layout
 from megatree.parallel.model import ModelProgram, lower_model
 from megatree.parallel.packing import Group, pack
 from megatree.parallel.plan.activations import Activations
+from megatree.parallel.plan.experts import ExpertTraffic, expert_traffic
 from megatree.parallel.plan.flops import attention_flops, forward_flops, narrowest_product
 from megatree.parallel.plan.stored import StoredBytes, storage_collectives, stored_bytes
 from megatree.parallel.precision import Precision
@@ -64,6 +65,7 @@ class StagePlan:
         peak_bytes: all of the above at the worst moment.
         flops: of one microbatch, forward, backward and recomputation.
         again_flops: the part of it that is recomputation.
+        forward_flops: the part of it in the forward.
         attention_flops: the part of it in attention.
         narrowest_product: smallest extent of any of its products on this rank.
     """
@@ -84,6 +86,7 @@ class StagePlan:
     peak_bytes: int
     flops: int
     again_flops: int
+    forward_flops: int
     attention_flops: int
     narrowest_product: int
 
@@ -106,6 +109,8 @@ class Plan:
         message_bytes: of one message between stages (0 without a pipeline).
         bubble: fraction of time that a rank of the pipeline idles with unit costs.
         sequence_axes: mesh axes that cut sequences.
+        experts: what travels to experts and back, per kind of layer.
+        surveys: whether a forward of all microbatches goes before, to count choices of experts.
     """
 
     mesh: str
@@ -122,6 +127,16 @@ class Plan:
     message_bytes: int
     bubble: float
     sequence_axes: tuple[str, ...] = ()
+    experts: tuple[ExpertTraffic, ...] = ()
+    surveys: bool = False
+
+    @property
+    def expert_bytes(self) -> int:
+        """What a rank sends to the ranks of other experts, and back, in a step."""
+        return self.num_microbatches * sum(
+            e.of_a_microbatch + e.layers * (e.dispatch + e.combine) * self.surveys
+            for e in self.experts
+        )
 
     @property
     def context_bytes(self) -> int:
@@ -163,7 +178,8 @@ class Plan:
             f"x {c.count:<6} {c.phase}{' (overlappable)' if c.overlappable else ''}"
             for c in self.collectives
         ]
-        return "\n".join([head, *stages, *rows])
+        traffic = [f"  experts: {e}" for e in self.experts]
+        return "\n".join([head, *stages, *traffic, *rows])
 
 
 def plan(
@@ -211,6 +227,9 @@ def plan(
         )
         for rank in ranks
     )
+    surveys = bool(model.survey) and num_microbatches > 1
+    if surveys:
+        stages = tuple(replace(s, flops=s.flops + s.forward_flops) for s in stages)
     busiest = max(ranks, key=lambda rank: stages[rank].flops)
     sizes = layout.sizes
     return Plan(
@@ -228,7 +247,13 @@ def plan(
             sorted(
                 [
                     *_collectives(
-                        program, schedule, busiest, num_microbatches, activations, groups[busiest]
+                        program,
+                        schedule,
+                        busiest,
+                        num_microbatches,
+                        activations,
+                        groups[busiest],
+                        surveys=surveys,
                     ),
                     *_storage(groups[busiest], precision, num_microbatches),
                 ],
@@ -244,6 +269,8 @@ def plan(
         ),
         bubble=_bubble(schedule),
         sequence_axes=layout.axes("seq"),
+        experts=expert_traffic(program, busiest),
+        surveys=surveys,
     )
 
 
@@ -284,6 +311,7 @@ def _stage(
     kept = [activations.of(stage) for stage in stages]
     here, again = sum(k.here for k in kept), max(k.again for k in kept)
     programs = [program.units[name].program for name in units]
+    forward = sum(forward_flops(p, local=True) for p in programs)
     again_flops = sum(k.flops for k in kept)
     attention = 3 * sum(attention_flops(p, local=True) for p in programs)
     static = stored.params + stored.grads + stored.opt + stored.gathered
@@ -297,7 +325,7 @@ def _stage(
         optimizer_bytes=stored.opt,
         gathered_bytes=stored.gathered,
         stored_whole=tuple(
-            leaf.path for g in groups if asked and not g.stored for leaf in g.leaves
+            leaf.path for g in groups if asked and not g.stored and g.trained for leaf in g.leaves
         ),
         activation_bytes=here,
         offloaded_bytes=sum(k.away for k in kept),
@@ -305,8 +333,9 @@ def _stage(
         again_bytes=again,
         live_microbatches=round(live, 6),
         peak_bytes=static + int(here * live) + again,
-        flops=3 * sum(forward_flops(p, local=True) for p in programs) + again_flops,
+        flops=3 * forward + again_flops,
         again_flops=again_flops,
+        forward_flops=forward,
         attention_flops=attention + sum(k.attention_flops for k in kept),
         narrowest_product=min(
             (n for name in set(units) if (n := narrowest_product(program.units[name].program))),
@@ -344,6 +373,8 @@ def _collectives(
     num_microbatches: int,
     activations: Activations,
     groups: Sequence[Group],
+    *,
+    surveys: bool,
 ) -> Iterator[PlannedCollective]:
     """Yield what one rank of a pipeline rank does in a step, beside what storage does."""
     times = Counter(_entries(program, rank))
@@ -358,7 +389,9 @@ def _collectives(
                     kind=c.kind,
                     axes=c.axes,
                     bytes=c.bytes,
-                    count=times[name] * (1 if sync else num_microbatches),
+                    count=times[name]
+                    * (1 if sync else num_microbatches)
+                    * (2 if surveys and c.phase == "forward" else 1),
                     phase=c.phase,
                     overlappable=sync,
                 )

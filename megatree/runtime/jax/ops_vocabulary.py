@@ -78,15 +78,21 @@ def _dropout(x: Array, key: int | Array, *, rate: float) -> Array:
     return jnp.where(keep_mask(key, x.shape, rate), x / (1.0 - rate), 0)
 
 
-def _rope(x: Array, table: Array) -> Array:
-    """Turn the pairs (i, i + c/2) as complex numbers are multiplied."""
+def _rope(x: Array, table: Array, *, last: bool = False, neighbours: bool = False) -> Array:
+    """Turn the pairs (i, i + c/2), or neighbours, as complex numbers are multiplied."""
     half = table.shape[-1] // 2
     ones = (1,) * (x.ndim - 3)
     table = table.reshape(*table.shape[:-1], *ones, 2 * half)
     cos, sin = table[..., :half], table[..., half:]
-    real, imaginary, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    rest = x.shape[-1] - 2 * half
+    head, x = (x[..., :rest], x[..., rest:]) if last else (x[..., :0], x)
+    x, tail = x[..., : 2 * half], x[..., 2 * half :]
+    real, imaginary = (x[..., ::2], x[..., 1::2]) if neighbours else jnp.split(x, 2, axis=-1)
     turned = [real * cos - imaginary * sin, real * sin + imaginary * cos]
-    return jnp.concatenate([*turned, rest.astype(turned[0].dtype)], axis=-1)
+    if neighbours:
+        turned = [jnp.stack(turned, axis=-1).reshape(x.shape)]
+    head, tail = (y.astype(turned[0].dtype) for y in (head, tail))
+    return jnp.concatenate([head, *turned, tail], axis=-1)
 
 
 def _attention(

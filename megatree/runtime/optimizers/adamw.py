@@ -1,6 +1,8 @@
 """AdamW: Adam with decoupled weight decay."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,10 @@ from megatree.runtime.optimizers.optimizer import (
     check_decays,
     check_numbers,
     value_at,
+    write_copies,
     zeros,
 )
-from megatree.runtime.optimizers.rows import Columns, sweep
+from megatree.runtime.optimizers.rows import Columns, dense, sweep
 
 
 def adamw(
@@ -58,8 +61,23 @@ def adamw(
         groups: Mapping[str, GroupRule],
         scale: Tensor | float = 1.0,
         found_inf: Tensor | None = None,
+        copies: Buffers | None = None,
     ) -> None:
         rate, decay = value_at(lr, step), value_at(weight_decay, step)
+        if _has_kernel(params):
+            _update_on_gpu(
+                (params, grads, state["m"], state["v"]),
+                copies or {},
+                groups,
+                scale=scale,
+                found_inf=found_inf,
+                lr=rate,
+                betas=betas,
+                eps=eps,
+                weight_decay=decay,
+                count=step + 1,
+            )
+            return
 
         def fused(columns: Columns, rule: GroupRule) -> None:
             # One torch call per line of the algorithm took 6.2 ms, this 0.6, for 0.9 M elements.
@@ -83,5 +101,45 @@ def adamw(
             )
 
         sweep(fused, (params, grads, state["m"], state["v"]), groups, scale)
+        write_copies(params, copies)
 
     return Optimizer(init, update)
+
+
+def _has_kernel(params: Buffers) -> bool:
+    """Whether the Triton kernel makes this update: of float32 parameters on a GPU."""
+    fits = all(p.is_cuda and p.dtype == torch.float32 for p in params.values())
+    return fits and find_spec("triton") is not None
+
+
+def _update_on_gpu(
+    columns: tuple[Buffers, Buffers, Buffers, Buffers],
+    copies: Buffers,
+    groups: Mapping[str, GroupRule],
+    *,
+    scale: Tensor | float,
+    found_inf: Tensor | None,
+    lr: float,
+    weight_decay: float,
+    **options: Any,
+) -> None:
+    """Call the kernel for every buffer, or for its rows where they lie apart."""
+    from megatree.runtime.optimizers.adamw_kernel import adamw_in_place
+
+    for name, param in columns[0].items():
+        copy, rule = copies.get(name), groups[name]
+        factor = scale if isinstance(scale, Tensor) else torch.full((), scale, device=param.device)
+        buffers = [column[name] for column in columns] + ([] if copy is None else [copy])
+        for p, g, m, v, *narrow in dense(buffers):
+            adamw_in_place(
+                p,
+                g,
+                m,
+                v,
+                copy=narrow[0] if narrow else None,
+                scale=factor.float(),
+                found_inf=found_inf,
+                lr=lr * rule.lr,
+                weight_decay=weight_decay * rule.decay,
+                **options,
+            )

@@ -47,10 +47,18 @@ def with_ema(optimizer: Optimizer, decay: float | Schedule) -> Optimizer:
         groups: Mapping[str, GroupRule],
         scale: Tensor | float = 1.0,
         found_inf: Tensor | None = None,
+        copies: Buffers | None = None,
     ) -> None:
         inner = {entry: buffers for entry, buffers in state.items() if entry != "ema"}
         optimizer.update(
-            params, grads, inner, step=step, groups=groups, scale=scale, found_inf=found_inf
+            params,
+            grads,
+            inner,
+            step=step,
+            groups=groups,
+            scale=scale,
+            found_inf=found_inf,
+            copies=copies,
         )
         weight = 1.0 - value_at(decay, step)
         for name, param in params.items():

@@ -14,6 +14,7 @@ from megatree.runtime.optimizers.optimizer import (
     check_decays,
     check_numbers,
     value_at,
+    write_copies,
     zeros,
 )
 from megatree.runtime.optimizers.rows import Columns, replace, sweep
@@ -60,6 +61,7 @@ def lion(
         groups: Mapping[str, GroupRule],
         scale: Tensor | float = 1.0,
         found_inf: Tensor | None = None,
+        copies: Buffers | None = None,
     ) -> None:
         rate, decay = value_at(lr, step), value_at(weight_decay, step)
 
@@ -77,6 +79,7 @@ def lion(
                     replace(m, torch.lerp(m, gradient, 1.0 - beta2), found_inf)
 
         sweep(signed, (params, grads, state["m"]), groups, scale)
+        write_copies(params, copies)
 
     return Optimizer(init, update)
 

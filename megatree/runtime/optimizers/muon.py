@@ -17,6 +17,7 @@ from megatree.runtime.optimizers.optimizer import (
     check_numbers,
     value_at,
     wide,
+    write_copies,
     zeros,
 )
 from megatree.runtime.optimizers.rows import replace
@@ -125,6 +126,7 @@ def muon(
         groups: Mapping[str, GroupRule],
         scale: Tensor | float = 1.0,
         found_inf: Tensor | None = None,
+        copies: Buffers | None = None,
     ) -> None:
         rate, decay = value_at(lr, step), value_at(weight_decay, step)
 
@@ -164,6 +166,7 @@ def muon(
             scale=scale,
             found_inf=found_inf,
         )
+        write_copies(params, copies)
 
     return Optimizer(init, update)
 

@@ -80,6 +80,7 @@ class Update(Protocol):
         groups: Mapping[str, GroupRule],
         scale: Tensor | float = 1.0,
         found_inf: Tensor | None = None,
+        copies: Buffers | None = None,
     ) -> None:
         """Change `params` and `state` in place; see `Optimizer`."""
         ...
@@ -103,10 +104,18 @@ class Optimizer(NamedTuple):
     - `scale`: a scalar tensor (or 1.0) that multiplies the gradients: clipping and unscaling.
     - `found_inf`: None, or a float32 scalar tensor: with 1 there, params and state keep every bit.
       Nothing waits for its value.
+    - `copies`: None, or group name -> narrower copy of its parameters, of the same layout, which
+      is written too.
     """
 
     init: Init
     update: Update
+
+
+def write_copies(params: Buffers, copies: Buffers | None) -> None:
+    """Round parameters to the nearest numbers of their copies."""
+    for name, copy in (copies or {}).items():
+        copy.copy_(params[name])
 
 
 def value_at(value: float | Schedule, step: int) -> float:

@@ -42,7 +42,7 @@ def sweep(
         rule, buffers = groups[name], [column[name] for column in columns]
         to = wide(param.dtype)
         if all(buffer.dtype == to for buffer in buffers):
-            alike.setdefault((rule.lr, rule.decay, to), []).extend(_dense(buffers))
+            alike.setdefault((rule.lr, rule.decay, to), []).extend(dense(buffers))
             continue
         for row in zip(*(buffer.unbind(0) for buffer in buffers), strict=True):
             copies = tuple(tensor.to(to) for tensor in row)
@@ -52,7 +52,7 @@ def sweep(
         _call(kernel, rows, GroupRule(lr=lr, decay=decay), scale)
 
 
-def _dense(buffers: list[Tensor]) -> list[tuple[Tensor, ...]]:
+def dense(buffers: list[Tensor]) -> list[tuple[Tensor, ...]]:
     """Return whole buffers where all are dense, else their rows; fused kernels ignore strides."""
     if all(buffer.is_contiguous() for buffer in buffers):
         return [tuple(buffer.view(-1) for buffer in buffers)]

@@ -14,6 +14,7 @@ from megatree.runtime.optimizers.optimizer import (
     check_decays,
     check_numbers,
     value_at,
+    write_copies,
     zeros,
 )
 from megatree.runtime.optimizers.rows import Columns, sweep
@@ -62,6 +63,7 @@ def sgd(
         groups: Mapping[str, GroupRule],
         scale: Tensor | float = 1.0,
         found_inf: Tensor | None = None,
+        copies: Buffers | None = None,
     ) -> None:
         rate, decay = value_at(lr, step), value_at(weight_decay, step)
 
@@ -84,5 +86,6 @@ def sgd(
 
         sums = (state["momentum"],) if momentum else ()
         sweep(fused, (params, grads, *sums), groups, scale)
+        write_copies(params, copies)
 
     return Optimizer(init, update)
