@@ -126,9 +126,9 @@ def by_hand(step: Step) -> Callable[[], object]:
                 todo = bound._slots(name, index) if split else []
                 products[number, i] += todo
                 tail = [*bound._consts_for(name, const, layer), *(s for d in todo for s in d.slots)]
-                units.append(
-                    (call, leaves.of[name, index], tail, bound.program.units[name].num_carry)
-                )
+                w = leaves.of[name, index]
+                w = w if split else bound._joined[name](w)
+                units.append((call, w, tail, bound.program.units[name].num_carry))
             entries = [(name, index) for name, index, _ in stage.entries]
             others[number] = leaves.inputs(entries, {d.weight for d in products[number, i]})
     (seed_of_loss,) = [1.0 / weight for weight in weights.values()]

@@ -26,6 +26,7 @@ from megatree.runtime.health import Health, Vitals, check_step, numbers_of
 from megatree.runtime.invariants import check_invariant
 from megatree.runtime.later import Later
 from megatree.runtime.meter import Meter, meter
+from megatree.runtime.moment import Moment
 from megatree.runtime.recorded import Recorder
 from megatree.runtime.signals import StopRequest
 from megatree.runtime.step import Metrics, TrainState, TrainStep
@@ -342,7 +343,7 @@ def train(
                 state, metrics = care.recorder.alone("step", make, state, batches)
             care.after(state.step - progress.state.step)
             consumed = loader.consumed
-            made = _Made(state, metrics, batches, consumed)
+            made = _Made(state, metrics, batches, consumed, Moment.now(step.comm.device))
             made = replace(made, tells=any(loop.due(state.step, n) for n in told_every))
             if delay:
                 behind.append(_on_its_way(made, step, loop, care))
@@ -358,10 +359,11 @@ def train(
             if saves and not made.tells:  # as it stops
                 log.step(made)
             if evaluates and valid is not None:
+                clock = time.perf_counter()
                 held_out = valid()
-                ms = _ms_since(log.clock)
+                ms = (time.perf_counter() - clock) * 1e3
                 tell("eval", {"step": state.step, "valid_loss": held_out, "ms": ms})
-                log.clock = time.perf_counter()
+                log.restart()
             if saves:
                 path = str(place_of(loop.directory) / step_name(state.step))
                 told = {"loss": metrics.loss.item()}
@@ -380,7 +382,7 @@ def train(
                 if stops or state.step == loop.steps:
                     saver.wait()
                 _tell_saved(saver, tell)
-                log.clock = time.perf_counter()
+                log.restart()
             if stops:
                 tell("stopped", {"step": state.step, "saved": saves})
     state.weights.settle()
@@ -389,14 +391,15 @@ def train(
 
 @dataclass(frozen=True)
 class _Made:
-    """A step that was made: the state after it, what it reports and read, its numbers to come, and
-    whether it is reported.
+    """A step that was made: the state after it, what it reports and read, when it ends, its numbers
+    to come, and whether it is reported.
     """
 
     state: TrainState
     metrics: Metrics
     batches: Sequence[Mapping[str, Tensor]]
     consumed: int
+    end: Moment
     numbers: Later | None = None
     tells: bool = False
 
@@ -480,14 +483,18 @@ class _Log:
     ) -> None:
         self.loop, self.measured, self.lr, self.measure = loop, measured, lr, measure
         self.tell, self.last, self.consumed = tell, step, consumed
-        self.clock = time.perf_counter()
+        self.restart()
+
+    def restart(self) -> None:
+        """Count time from now on, as something else has been done."""
+        self.start = Moment.now(self.measured.device)
 
     def step(self, made: _Made, read: Mapping[str, float] | None = None) -> None:
         """Report a step; without numbers that have arrived, the device is asked."""
         state = made.state
         numbers = _numbers(state, made.metrics, read)
         found = self.measure(made.metrics.outs)
-        seconds = time.perf_counter() - self.clock
+        seconds = made.end.since(self.start)
         microbatches = (made.consumed - self.consumed) // self.loop.microbatch
         self.tell(
             "step",
@@ -501,7 +508,7 @@ class _Log:
                 "consumed": made.consumed,
             },
         )
-        self.last, self.consumed, self.clock = state.step, made.consumed, time.perf_counter()
+        self.last, self.consumed, self.start = state.step, made.consumed, made.end
 
 
 def _asked(step: TrainStep, state: TrainState, loop: Loop, care: Care) -> bool:
@@ -538,7 +545,3 @@ def _tell_saved(saver: Saver, tell: Report) -> None:
 
 def _say_nothing(kind: str, fields: Mapping[str, Any]) -> None:
     """Report nothing: rank 0 speaks for all."""
-
-
-def _ms_since(clock: float) -> float:
-    return (time.perf_counter() - clock) * 1e3

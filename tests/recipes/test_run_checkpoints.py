@@ -98,7 +98,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
         "metrics",
     }  # fmt: skip
     assert extra["rng"] == {"seed": cfg.train.seed, "step": 4}
-    assert extra["layout"]["mesh"] == {"pp": 1, "dp": 1, "cp": 1, "tp": 1}
+    assert extra["layout"]["mesh"] == {"pp": 1, "dp": 1, "cp": 1, "ep": 1, "tp": 1}
     assert extra["schedule"]["updates"] == 4
     assert set(extra["metrics"]) == {"loss", "valid_loss"}
 
