@@ -17,6 +17,7 @@ from megatree.recipes.config import (
     megatron_rules,
     moe_rules,
 )
+from megatree.recipes.health_config import HealthConfig
 from megatree.recipes.optimizer_config import LrConfig, RampConfig, RematConfig, StorageConfig
 
 Recipe = Callable[[], RunConfig]
@@ -88,7 +89,9 @@ def gpt2_small() -> RunConfig:
         optimizer=OptimizerConfig(lr=6e-4, min_lr=6e-5, warmup_steps=700),
         train=_ten_billion_tokens(microbatch=32),
         checkpoint=CheckpointConfig(dir="runs/gpt2-small", every=1000),
+        health=HealthConfig(delay=4),
         dtype="bfloat16",
+        compile=True,
     )
 
 
@@ -102,7 +105,9 @@ def gpt2_345m() -> RunConfig:
         optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, warmup_steps=700),
         train=_ten_billion_tokens(microbatch=32),
         checkpoint=CheckpointConfig(dir="runs/gpt2-345m", every=1000),
+        health=HealthConfig(delay=4),
         dtype="bfloat16",
+        compile=True,
     )
 
 
@@ -122,7 +127,9 @@ def llama_1b() -> RunConfig:
             eval_samples=64,
         ),
         checkpoint=CheckpointConfig(dir="runs/llama-1b", every=1000),
+        health=HealthConfig(delay=4),
         dtype="bfloat16",
+        compile=True,
     )
 
 
@@ -419,6 +426,7 @@ def _gpt2(*, embed: int, num_layers: int, num_heads: int) -> GPTConfig:
         activation="gelu_tanh",
         bias=True,
         tied=True,
+        fused_loss=True,
     )
 
 
@@ -433,6 +441,7 @@ def _llama(
         kv_heads=num_heads,
         head_dim=embed // num_heads,
         ffn=ffn,
+        fused_loss=True,
     )
 
 
