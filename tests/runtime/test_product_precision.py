@@ -8,7 +8,7 @@ import torch
 from megatree.runtime.product_precision import Products, product_precision
 
 
-def settings() -> tuple[str, bool, bool, bool]:
+def settings() -> tuple[str | bool, ...]:
     matmul = torch.backends.cuda.matmul
     return (
         torch.get_float32_matmul_precision(),
