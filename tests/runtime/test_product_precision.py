@@ -1,6 +1,7 @@
 """How products are computed is what the run says, whatever the process said before and after."""
 
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from megatree.runtime.product_precision import Products, product_precision
 
 
-def settings() -> tuple[str | bool, ...]:
+def settings() -> tuple[Any, ...]:
     matmul = torch.backends.cuda.matmul
     return (
         torch.get_float32_matmul_precision(),
