@@ -22,43 +22,23 @@ from torch import Tensor
 from megatree.functional import flash_attn_4
 from megatree.io.data.indexed import IndexedWriter
 from megatree.io.tokenizers import NullTokenizer, TokenizerSpec, tokenizer_facts, write_beside
+from megatree.models.gpt import gpt
 from megatree.models.gpt_config import GPTConfig
+from megatree.parallel.layout import Layout, Rules
+from megatree.parallel.mesh import Mesh
+from megatree.parallel.model import lower_model
 from megatree.recipes.config import CheckpointConfig, DataConfig, RunConfig, TrainConfig
 from megatree.recipes.health_config import HealthConfig
 from megatree.recipes.job import open_job
 from megatree.recipes.optimizer_config import OptimizerConfig, PrecisionConfig
-from megatree.runtime.meter import PEAKS
+from megatree.recipes.presets import gpt2_345m, llama_1b
+from megatree.runtime.meter import PEAKS, meter
 from megatree.runtime.processes import local_device
 
-LLAMA_1B = GPTConfig(
-    vocab_size=32768,
-    seq_length=4096,
-    num_layers=16,
-    embed=2048,
-    kv_heads=16,
-    head_dim=128,
-    ffn=5632,
-    fused_loss=True,
-)
-
 MODELS: Mapping[str, GPTConfig] = {
-    "llama-1b": LLAMA_1B,
-    "llama-1b-gqa": replace(LLAMA_1B, kv_heads=4, group=4),
-    "gpt-345m": GPTConfig(
-        vocab_size=50304,
-        seq_length=1024,
-        num_layers=24,
-        embed=1024,
-        kv_heads=16,
-        head_dim=64,
-        ffn=4096,
-        norm="layer",
-        positions="learned",
-        activation="gelu_tanh",
-        bias=True,
-        tied=True,
-        fused_loss=True,
-    ),
+    "llama-1b": llama_1b().model,
+    "llama-1b-gqa": replace(llama_1b().model, kv_heads=4, group=4),
+    "gpt-345m": replace(gpt2_345m().model, vocab_size=50304, vocab_pad=1),
     "tiny": GPTConfig(
         vocab_size=256,
         seq_length=32,
@@ -249,13 +229,10 @@ def _timed(
 
 
 def flops_per_token(cfg: GPTConfig) -> float:
-    """Return the FLOPs of a token, forward and backward: products, and the causal half of
-    attention.
-    """
-    q, kv = cfg.num_heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    ffn = (3 if cfg.activation == "swiglu" else 2) * cfg.embed * cfg.ffn
-    weights = cfg.num_layers * (cfg.embed * (2 * q + 2 * kv) + ffn) + cfg.vocab_size * cfg.embed
-    return 6.0 * (weights + cfg.num_layers * cfg.seq_length * q)
+    """Return the FLOPs of a token, as megatree's own rows count them."""
+    program = lower_model(gpt(cfg, batch_size=1), Layout(Mesh(dp=1), Rules()))
+    counted = meter(program, torch.device("cpu"))
+    return counted.flops / counted.tokens
 
 
 ROWS: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

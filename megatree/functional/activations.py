@@ -1,6 +1,5 @@
 """Pointwise non-linearities of a feed-forward layer."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatree.functional.op import op
+from megatree.functional.triton_kernels import has_kernels
 
 
 @op("... -> ...")
@@ -31,7 +31,7 @@ def swiglu_halves(x: Float[Tensor, "*n two_f"]) -> Float[Tensor, "*n f"]:
 
     A runtime's form of `swiglu` for what one product made; it is no op.
     """
-    if x.is_cuda and x.dtype.itemsize <= 4 and find_spec("triton") is not None:
+    if has_kernels(x):
         return _SwigluHalves.apply(x)
     gate, up = x.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from megatree.functional.activations import swiglu
 from megatree.functional.comm import Comm
-from megatree.functional.experts import Products, expert_rows, expert_slots, has_kernel
+from megatree.functional.experts import Products, expert_rows, expert_slots
 from megatree.functional.local_map import Out, local_map
+from megatree.functional.triton_kernels import has_kernels
 
 _ADVICE = (
     "In rules, take the mesh axes of 'experts' from those of 'batch' and 'seq_moe'; a shared "
@@ -244,7 +245,7 @@ def _put(y: Tensor, place: Tensor, k: int) -> Tensor:
 
 def _by_kernel(x: Tensor) -> bool:
     """Whether Triton kernels move these rows; inductor fuses more into a kernel of its own."""
-    return has_kernel(x) and not torch.compiler.is_compiling()
+    return has_kernels(x) and not torch.compiler.is_compiling()
 
 
 def _rows(x: Tensor, at: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The feed-forward layers of local experts, over rows that are sorted by expert."""
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -11,10 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from megatree.functional import experts_te
 from megatree.functional.activations import swiglu
+from megatree.functional.triton_kernels import has_kernels
 
 Products = Literal["auto", "loop", "grouped", "transformer_engine"]
-
-_TRITON = find_spec("triton") is not None
 
 
 def expert_rows(
@@ -102,13 +100,8 @@ def expert_slots(
     return torch.bmm(_gated(into, gates, activation), weights[-1])
 
 
-def has_kernel(x: Tensor) -> bool:
-    """Whether the Triton kernels do these values: on a GPU, no wider than float32."""
-    return _TRITON and x.is_cuda and x.dtype.itemsize <= 4
-
-
 def _gated(into: Sequence[Tensor], gates: Tensor, activation: Callable[..., Tensor]) -> Tensor:
-    if activation is swiglu and has_kernel(into[0]):
+    if activation is swiglu and has_kernels(into[0]):
         gate, up = (x.reshape(-1, x.shape[-1]) for x in into)
         return _GatedSwiglu.apply(gate, up, gates.reshape(-1, 1)).view(into[0].shape)
     hidden = activation(*into)

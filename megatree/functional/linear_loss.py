@@ -1,6 +1,5 @@
 """A product and its cross-entropy in one op: logits and their gradients live a chunk at a time."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from megatree.functional.comm import Comm
 from megatree.functional.loss import IGNORE, cross_entropy
 from megatree.functional.op import op
 from megatree.functional.transforms import plain
+from megatree.functional.triton_kernels import has_kernels
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 29, "meta": 1 << 29}
 """Most logits of a chunk by default: what stays in a CPU's cache; what fills a GPU (1 GiB of
@@ -141,7 +141,7 @@ def _form(
         logits = torch.nn.functional.linear(rows[part], table)
         factor = factors[part].masked_fill(ids[part] == IGNORE, 0.0).to(dtype)
         wants_p = grad_rows is not None or wants_table
-        softmax = _by_kernel if _has_kernel(logits) else _by_torch
+        softmax = _by_kernel if has_kernels(logits) else _by_torch
         nll, p = softmax(comm, logits, ids[part], classes, factor if wants_p else None)
         loss += (nll * factors[part]).sum()
         if losses is not None and comm.axis_index("v") == 0:
@@ -162,11 +162,6 @@ def _form(
         grad_table,
         None if losses is None else losses.view(weights.shape),
     )
-
-
-def _has_kernel(logits: Tensor) -> bool:
-    """Whether the Triton kernels do these logits: on a GPU, no wider than float32."""
-    return logits.is_cuda and logits.dtype != torch.float64 and find_spec("triton") is not None
 
 
 def _by_kernel(

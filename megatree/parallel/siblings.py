@@ -201,8 +201,7 @@ class _Joining:
         weight = self.whole[each.weights][0]
         x = self.copies[operands(node)[0]]
         meets = next(iter(ends[0].users), None)
-        halves = len(ends) == 2 and meets is not None and meets.target is _SWIGLU
-        if halves and meets is not None and tuple(meets.args) == tuple(ends):
+        if meets is not None and meets.target is _SWIGLU and meets.args == tuple(ends):
             product = add_call(self.graph, linear_rows, x, weight, bias)
             product.meta.update(ends[0].meta)
             self.products[each] = product

@@ -311,37 +311,7 @@ def deepseek_v3() -> RunConfig:
     """
     made = _mixture(
         "deepseek-v3",
-        MoEConfig(
-            vocab_size=129_280,
-            seq_length=4096,
-            num_layers=61,
-            embed=7168,
-            kv_heads=128,
-            head_dim=128,
-            kv_rank=512,
-            q_rank=1536,
-            rope_dim=64,
-            value_dim=128,
-            ffn=18432,
-            norm_eps=1e-6,
-            init_std=0.006,
-            experts=256,
-            top_k=8,
-            expert_ffn=2048,
-            shared_ffn=2048,
-            dense_first=3,
-            score="sigmoid",
-            normalise=True,
-            route_scale=2.5,
-            groups=8,
-            group_top_k=4,
-            balance=1e-4,
-            balance_over="sequence",
-            bias_rate=1e-3,
-            mtp=1,
-            mtp_weight=0.3,
-            fused_loss=True,
-        ),
+        _deepseek_v3_model(),
         MeshConfig(pp=16, dp=2, ep=64),
         microbatch=128,
         lr=2.2e-4,
@@ -355,7 +325,8 @@ def deepseek_proxy() -> RunConfig:
     """Return a model built as DeepSeek-V3, of 203 M parameters (88 M active), and 22 M that predict
     one token further, on 8 GPUs.
     """
-    model = MoEConfig(
+    model = replace(
+        _deepseek_v3_model(),
         vocab_size=32768,
         seq_length=2048,
         num_layers=8,
@@ -367,23 +338,14 @@ def deepseek_proxy() -> RunConfig:
         rope_dim=32,
         value_dim=64,
         ffn=2048,
-        norm_eps=1e-6,
+        init_std=0.02,
         experts=32,
         top_k=4,
         expert_ffn=256,
         shared_ffn=256,
         dense_first=1,
-        score="sigmoid",
-        normalise=True,
-        route_scale=2.5,
         groups=4,
         group_top_k=2,
-        balance=1e-4,
-        balance_over="sequence",
-        bias_rate=1e-3,
-        mtp=1,
-        mtp_weight=0.3,
-        fused_loss=True,
     )
     made = _mixture("deepseek-proxy", model, MeshConfig(dp=2, ep=4), microbatch=64, lr=1e-3)
     train = replace(made.train, steps=20_000, global_batch=256, eval_samples=256)
@@ -409,6 +371,40 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     }
 )
 """Name on the command line -> recipe."""
+
+
+def _deepseek_v3_model() -> MoEConfig:
+    return MoEConfig(
+        vocab_size=129_280,
+        seq_length=4096,
+        num_layers=61,
+        embed=7168,
+        kv_heads=128,
+        head_dim=128,
+        kv_rank=512,
+        q_rank=1536,
+        rope_dim=64,
+        value_dim=128,
+        ffn=18432,
+        norm_eps=1e-6,
+        init_std=0.006,
+        experts=256,
+        top_k=8,
+        expert_ffn=2048,
+        shared_ffn=2048,
+        dense_first=3,
+        score="sigmoid",
+        normalise=True,
+        route_scale=2.5,
+        groups=8,
+        group_top_k=4,
+        balance=1e-4,
+        balance_over="sequence",
+        bias_rate=1e-3,
+        mtp=1,
+        mtp_weight=0.3,
+        fused_loss=True,
+    )
 
 
 def _gpt2(*, embed: int, num_layers: int, num_heads: int) -> GPTConfig:

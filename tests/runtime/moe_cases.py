@@ -141,11 +141,8 @@ def objective(model: Chain, params: Any, batches: Any) -> dict[str, Tensor]:
     }
 
 
-@cache
-def reference(cfg: MoEConfig) -> tuple[Reference, Mapping[str, Tensor]]:
-    """Draw weights and two microbatches; return them with the gradients, and the terms' values."""
-    model = moe(cfg, batch_size=BATCH, dtype=torch.float64)
-    draw = torch.Generator().manual_seed(0)
+def draw_weights(model: Chain, draw: torch.Generator) -> Any:
+    """Draw weights large enough that every part of a model shows in its loss."""
 
     def weights(name: str, leaf: Any) -> Tensor:
         shape = padded_shape(leaf, model.sizes, name)
@@ -153,7 +150,16 @@ def reference(cfg: MoEConfig) -> tuple[Reference, Mapping[str, Tensor]]:
         value = centre + 0.3 * torch.randn(shape, dtype=torch.float64, generator=draw)
         return value.to(leaf.dtype or torch.float64)
 
-    params = map_with_names(weights, model.params)
+    return map_with_names(weights, model.params)
+
+
+@cache
+def reference(cfg: MoEConfig) -> tuple[Reference, Mapping[str, Tensor]]:
+    """Draw weights and two microbatches; return them with the gradients, and the terms' values."""
+    model = moe(cfg, batch_size=BATCH, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+
+    params = draw_weights(model, draw)
     batches = []
     for number in range(2):
         tokens, labels = torch.randint(50, (2, BATCH, SEQ), generator=draw)

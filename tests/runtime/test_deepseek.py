@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from megatree.functional.chain import Chain, Stack
-from megatree.functional.param import padded_shape
-from megatree.functional.tree import flatten_with_names, map_with_names
+from megatree.functional.tree import flatten_with_names
 from megatree.models.decoder import decoder
 from megatree.models.moe_config import MoEConfig
 from megatree.parallel.assemble import assemble
@@ -32,6 +31,7 @@ from megatree.parallel.types import make_type
 from megatree.runtime.gradients import value_and_grad
 from megatree.runtime.optimizers import adamw
 from megatree.runtime.step import train_step
+from tests.runtime.moe_cases import draw_weights
 from tests.runtime.one_device import Reference, rank_inputs
 from tests.tolerances import RELATIVE, assert_leaves_close
 
@@ -98,12 +98,7 @@ def reference(cfg: MoEConfig) -> tuple[Reference, Mapping[str, Tensor]]:
     model = decoder(cfg, batch_size=BATCH, dtype=torch.float64)
     draw = torch.Generator().manual_seed(0)
 
-    def weights(name: str, leaf: Any) -> Tensor:
-        shape = padded_shape(leaf, model.sizes, name)
-        centre = 1.0 if "norm" in name.split(".")[-1] else 0.0
-        return centre + 0.3 * torch.randn(shape, dtype=torch.float64, generator=draw)
-
-    params = map_with_names(weights, model.params)
+    params = draw_weights(model, draw)
     batches = []
     for number in range(2):
         tokens, labels = torch.randint(VOCAB, (2, BATCH, SEQ), generator=draw)

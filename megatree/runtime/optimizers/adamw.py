@@ -1,12 +1,12 @@
 """AdamW: Adam with decoupled weight decay."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatree.functional.triton_kernels import has_kernels
 from megatree.runtime.optimizers.optimizer import (
     Buffers,
     GroupRule,
@@ -108,8 +108,7 @@ def adamw(
 
 def _has_kernel(params: Buffers) -> bool:
     """Whether the Triton kernel makes this update: of float32 parameters on a GPU."""
-    fits = all(p.is_cuda and p.dtype == torch.float32 for p in params.values())
-    return fits and find_spec("triton") is not None
+    return all(p.dtype == torch.float32 and has_kernels(p) for p in params.values())
 
 
 def _update_on_gpu(
@@ -126,9 +125,11 @@ def _update_on_gpu(
     """Call the kernel for every buffer, or for its rows where they lie apart."""
     from megatree.runtime.optimizers.adamw_kernel import adamw_in_place
 
-    for name, param in columns[0].items():
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, device=next(iter(columns[0].values())).device)
+    scale = scale.float()
+    for name in columns[0]:
         copy, rule = copies.get(name), groups[name]
-        factor = scale if isinstance(scale, Tensor) else torch.full((), scale, device=param.device)
         buffers = [column[name] for column in columns] + ([] if copy is None else [copy])
         for p, g, m, v, *narrow in dense(buffers):
             adamw_in_place(
@@ -137,7 +138,7 @@ def _update_on_gpu(
                 m,
                 v,
                 copy=narrow[0] if narrow else None,
-                scale=factor.float(),
+                scale=scale,
                 found_inf=found_inf,
                 lr=lr * rule.lr,
                 weight_decay=weight_decay * rule.decay,

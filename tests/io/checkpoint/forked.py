@@ -5,11 +5,12 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatree.io import world
+from megatree.io.checkpoint import Piece, latest, load, load_extra, step_name
 
 
 class Server:
@@ -60,3 +61,23 @@ def serving(script: str) -> Generator[Server]:
     ) as process:
         yield Server(process)
         process.kill()
+
+
+def assert_latest_is_whole(directory: Path, at_least: int, targets: Sequence[Piece]) -> int:
+    """Load what `latest` returns, compare every element with its step, and return the step.
+
+    Args:
+        directory: of the checkpoints.
+        at_least: the last step of which a save was reported.
+        targets: what to load.
+    """
+    path = latest(directory)
+    if path is None:
+        assert at_least == 0
+        return 0
+    step = load_extra(path)["step"]
+    assert path.name == step_name(step)
+    assert step >= at_least, "a save that was reported is gone"
+    for piece in load(path, targets, world=world.World.single()).pieces:
+        assert bool((piece.tensor == step).all()), piece.path
+    return step

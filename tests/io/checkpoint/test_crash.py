@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatree.io.checkpoint import Piece, latest, load, load_extra, save, step_name
+from megatree.io.checkpoint import Piece, latest, load_extra, save, step_name
 from megatree.io.checkpoint.directory import staged
 from megatree.io.checkpoint.place import Folder, place_of
 from megatree.io.world import World
-from tests.io.checkpoint.forked import Server, serving
+from tests.io.checkpoint.forked import Server, assert_latest_is_whole, serving
 
 ONE = World.single()
 NUM_KILLS = 20
@@ -31,23 +31,13 @@ def server() -> Iterator[Server]:
         yield started
 
 
-def assert_latest_is_whole(directory: Path, at_least: int) -> int:
-    """Load what `latest` returns, compare every element with its step, and return the step."""
-    path = latest(directory)
-    if path is None:
-        assert at_least == 0
-        return 0
-    step = load_extra(path)["step"]
-    assert path.name == step_name(step)
-    assert step >= at_least, "a save that had returned is gone"
+def assert_latest(directory: Path, at_least: int) -> int:
     targets = [
         Piece.whole("w", torch.zeros(512, 256), "ffn embed"),
         Piece.whole("m.w", torch.zeros(256, 512), "embed ffn"),
         Piece.whole("step", torch.tensor(0), ""),
     ]
-    for piece in load(path, targets, world=ONE).pieces:
-        assert bool((piece.tensor == step).all())
-    return step
+    return assert_latest_is_whole(directory, at_least, targets)
 
 
 def staging_left(directory: Path) -> list[str]:
@@ -66,7 +56,7 @@ def test_killed_at_random_moments_the_last_checkpoint_loads(server, tmp_path):
         assert server.wait_for("ended", draw.uniform(0.0, seconds)) is None
         os.kill(child, signal.SIGKILL)
         assert server.wait_for("ended") == str(int(signal.SIGKILL))
-        step = assert_latest_is_whole(directory, at_least=server.saved)
+        step = assert_latest(directory, at_least=server.saved)
         interrupted += bool(directory.exists() and staging_left(directory))
     assert interrupted >= NUM_KILLS // 4, "few kills met a save: the test sees nothing"
     assert step >= NUM_KILLS // 2
@@ -81,7 +71,7 @@ def test_killed_before_each_call_to_the_disk_the_last_checkpoint_loads(server, t
         directory = tmp_path / str(die_at)
         start(server, directory, 1, die_at)
         assert server.wait_for("ended") == str(int(signal.SIGKILL))
-        step = assert_latest_is_whole(directory, at_least=server.saved)
+        step = assert_latest(directory, at_least=server.saved)
         outcomes.append((server.saved, step))
         if server.saved == 2:
             break

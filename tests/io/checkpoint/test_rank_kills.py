@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatree.io.checkpoint import Piece, latest, load, load_extra, save, step_name
+from megatree.io.checkpoint import Piece, save, step_name
 from megatree.io.world import World
-from tests.io.checkpoint.forked import Server, serving
+from tests.io.checkpoint.forked import Server, assert_latest_is_whole, serving
 
 ONE = World.single()
 SIZE = 3
@@ -31,19 +31,9 @@ def server() -> Iterator[Server]:
         yield started
 
 
-def assert_latest_is_whole(directory: Path, at_least: int) -> int:
-    """Load what `latest` returns, compare every element with its step, and return the step."""
-    path = latest(directory)
-    if path is None:
-        assert at_least == 0
-        return 0
-    step = load_extra(path)["step"]
-    assert path.name == step_name(step)
-    assert step >= at_least, "a save that was reported is gone"
+def assert_latest(directory: Path, at_least: int) -> int:
     targets = [Piece.whole(name, torch.zeros(240, 512), "ffn embed") for name in ("all", "cut")]
-    for piece in load(path, targets, world=ONE).pieces:
-        assert bool((piece.tensor == step).all()), piece.path
-    return step
+    return assert_latest_is_whole(directory, at_least, targets)
 
 
 def kill_rounds(
@@ -62,7 +52,7 @@ def kill_rounds(
         ends = dict(server.wait_for("ended").split(":") for _ in pids)  # type: ignore[union-attr]
         for rank in range(SIZE):  # who was not killed has seen it, and did not wait for ever
             assert ends[str(rank)] == (str(int(signal.SIGKILL)) if rank in victims else "256")
-        found = assert_latest_is_whole(directory, at_least=server.saved)
+        found = assert_latest(directory, at_least=server.saved)
         interrupted += any(path.name.endswith(".megatree-tmp") for path in directory.iterdir())
         step = found
     if len(victims) == SIZE:  # else rank 0 may have removed what was half written

@@ -12,17 +12,9 @@ from megatree.parallel.model import lower_model
 from megatree.parallel.plan import H100_SXM, plan
 from megatree.parallel.plan.ceilings import LOGIT_PASSES, ceilings, device_of
 from megatree.parallel.precision import Precision
+from megatree.recipes.presets import llama_1b
 
-LLAMA_1B = GPTConfig(
-    vocab_size=32768,
-    seq_length=4096,
-    num_layers=16,
-    embed=2048,
-    kv_heads=16,
-    head_dim=128,
-    ffn=5632,
-    fused_loss=True,
-)
+LLAMA_1B = llama_1b().model
 MEASURED = {
     "GEMM": 244.0,  # kernel time of a step, 242 to 246
     "attention": 52.3,  # its FLOPs at 500 TFLOP/s, forward and backward
