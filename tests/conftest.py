@@ -8,6 +8,8 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # read when Triton is first imported
@@ -15,8 +17,12 @@ if not torch.cuda.is_available():  # read when Triton is first imported
 hypothesis.settings.register_profile("megatree", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("megatree")
 
-# Packages whose shape annotations beartype checks at every call; installed before their import.
-jaxtyping.install_import_hook(["megatree.io"], "beartype.beartype")
+# Annotations of megatree.io are checked at every call; installed before its import. jaxtyping is
+# slow at it, and only there where shapes are stated; elsewhere beartype alone sees as much.
+SHAPED = ("megatree.io.corpus", "megatree.io.data", "megatree.io.preprocess")
+CALLS = BeartypeConf(claw_is_pep526=False, violation_type=jaxtyping.TypeCheckError)
+jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
+beartype_package("megatree.io", conf=CALLS)
 
 MISSING = "missing data:"
 

@@ -1,8 +1,12 @@
-"""Skips for missing data must turn into failures where the data has to be there."""
+"""Skips for missing data must turn into failures where it has to be there; types are checked."""
 
+import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
+
+from megatree.io.checkpoint import box
 
 SKIPS = """
 import pytest
@@ -43,3 +47,19 @@ def test_require_data_fails_only_skips_for_missing_data(suite: pytest.Pytester) 
     result = suite.runpytest("--require-data", "--continue-on-collection-errors")
     result.assert_outcomes(failed=1, errors=3, skipped=1)  # a skip in set-up is an error
     assert result.ret != 0
+
+
+def test_shapes_are_checked_wherever_they_are_stated_and_types_everywhere() -> None:
+    """By who loads a module: jaxtyping, which binds the names of dims, or beartype alone."""
+    root = Path(box.__file__).parents[2]
+    files = sorted((root / "io").rglob("*.py"))
+    for file in files:
+        at = file.parent if file.stem == "__init__" else file.with_suffix("")
+        name = ".".join(at.relative_to(root.parent).parts)
+        found = (finder.find_spec(name, [str(at.parent)]) for finder in sys.meta_path)
+        by = type(next(spec for spec in found if spec is not None).loader).__module__.split(".")[0]
+        shaped = "jaxtyping" in file.read_text(encoding="utf-8")
+        assert by == "jaxtyping" or (by == "beartype" and not shaped), name
+    assert len(files) > 80
+    with pytest.raises(jaxtyping.TypeCheckError):
+        box.volume("a box")  # type: ignore[arg-type]

@@ -48,7 +48,11 @@ def expert_rows(
     if (engine or products == "grouped") and why:
         raise ValueError(f'experts: no grouped product: {why}. Use products="loop".')
     grouped = products == "grouped" or (products == "auto" and rows.is_cuda and not why)
-    if grouped and (torch.compiler.is_compiling() or len(rows) > 0):
+    # A trace and a plan ask for shapes, which are the loop's: of rows without values torch refuses
+    # the grouped product in dtypes in which the CPU multiplies.
+    compiling = torch.compiler.is_compiling()
+    shapes = rows.is_meta or (type(rows) is not Tensor and not compiling)
+    if grouped and not shapes and (compiling or len(rows) > 0):
         if not isinstance(counts, Tensor):
             counts = torch.tensor(counts, dtype=torch.int32)
         ends = counts.cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)

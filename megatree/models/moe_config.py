@@ -2,6 +2,7 @@
 torch.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -91,9 +92,14 @@ class MoEConfig(GPTConfig):
                 f"MoEConfig: top_k is {self.top_k}, and there are {self.experts} experts. "
                 f"Give at most {self.experts}."
             )
+        if self.pre_softmax and self.score != "softmax":
+            raise ValueError(
+                f"MoEConfig: pre_softmax with score {self.score!r}, and only a softmax is taken "
+                "over all experts or over those of a token. Take pre_softmax=False."
+            )
         self._check_router()
         for name in ("balance", "z_loss", "capacity_factor", "route_scale"):
-            if (value := getattr(self, name)) is not None and value <= 0.0:
+            if (value := getattr(self, name)) is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"MoEConfig: {name} is {value}. Give a positive number.")
         if self.shared_ffn is not None and self.shared_ffn < 1:
             raise ValueError(f"MoEConfig: shared_ffn is {self.shared_ffn}. Give at least 1.")
@@ -133,7 +139,7 @@ class MoEConfig(GPTConfig):
         """Refuse ways to balance that contradict each other."""
         if self.jitter is not None and not 0.0 < self.jitter < 1.0:
             raise ValueError(f"MoEConfig: jitter is {self.jitter}. Give a number in (0, 1).")
-        if self.bias_rate is not None and self.bias_rate < 0.0:
+        if self.bias_rate is not None and not 0.0 <= self.bias_rate < math.inf:
             raise ValueError(f"MoEConfig: bias_rate is {self.bias_rate}. Give 0 or more.")
         if self.router != "sinkhorn":
             return

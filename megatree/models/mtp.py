@@ -24,7 +24,8 @@ def with_mtp(model: Chain, cfg: GPTConfig) -> Chain:
     norm) and the embedding of token i + d; it passes both through norms of their own, a product,
     a layer like the decoder's last one and a norm, and predicts the label of position i + d with
     the decoder's own table of the embedding and of the head. The head computes the decoder's loss
-    and hands on; where the chain ends with it (`up_to("head")`), nothing of this exists.
+    and hands on; where the chain ends with it (`up_to("head")`), nothing of this exists. In
+    evaluation these layers compute nothing: the held-out loss is the decoder's.
 
     The term "mtp" is mtp_weight / mtp times the losses of all depths, each the mean over the
     predictions that count: position i + d exists, is of the same document, and has weight.
@@ -38,9 +39,17 @@ def with_mtp(model: Chain, cfg: GPTConfig) -> Chain:
         last stage holds them, the head, and a copy of the embedding's table, whose gradient is
         summed over both.
 
+    Raises:
+        ValueError: so far ahead no sequence has a token.
+
     Reference: DeepSeek-V3, arXiv:2412.19437, section 2.2.
     """
     assert cfg.mtp is not None
+    if cfg.mtp >= cfg.seq_length:
+        raise ValueError(
+            f"with_mtp: mtp is {cfg.mtp}, and sequences have {cfg.seq_length} tokens: the last "
+            f"depth would predict nothing. Give at most {cfg.seq_length - 1}, or mtp=None."
+        )
     blocks = model.segments["blocks"]
     last = model.segments["head"]
     assert isinstance(blocks, Stack)
@@ -75,15 +84,11 @@ def with_mtp(model: Chain, cfg: GPTConfig) -> Chain:
             "mtp": Stack(kinds=kinds, pattern=tuple(kinds)),
         },
         cfg=cfg,
-        eval_cfg=model.eval_cfg and replace(model.eval_cfg, **_fields(cfg)),
+        eval_cfg=model.eval_cfg or model.cfg,  # without mtp: see `_predict`
         sizes=sizes,
         survey=survey,
-        consts=partial(_consts, base=model.consts, depths=cfg.mtp),
+        consts=partial(_consts, base=model.consts),
     )
-
-
-def _fields(cfg: GPTConfig) -> dict[str, Any]:
-    return {"mtp": cfg.mtp, "mtp_weight": cfg.mtp_weight}
 
 
 def _joint_params(cfg: GPTConfig) -> dict[str, Param]:
@@ -94,9 +99,11 @@ def _joint_params(cfg: GPTConfig) -> dict[str, Param]:
     return {**weights, **{name: leaf for each in norms for name, leaf in each.items()}}
 
 
-def _consts(batch: Mapping[str, Tensor], cfg: GPTConfig, *, base: Any, depths: int) -> Any:
+def _consts(batch: Mapping[str, Tensor], cfg: GPTConfig, *, base: Any) -> Any:
     """Return the consts of the decoder and, per depth, tokens, labels and weights so far ahead."""
     consts = base(batch, cfg)
+    if cfg.mtp is None:
+        return consts
     # Two integers and a float of a token: whole rows cost nothing, and nothing else is exact where
     # the sequence is cut in two places per rank.
     whole = {
@@ -104,7 +111,7 @@ def _consts(batch: Mapping[str, Tensor], cfg: GPTConfig, *, base: Any, depths: i
         for name in ("tokens", "labels", "weights", "segments")
         if name in batch
     }
-    for depth in range(1, depths + 1):
+    for depth in range(1, cfg.mtp + 1):
         moved = {
             "tokens": F.ahead(whole["tokens"], by=depth, fill=0),
             "labels": F.ahead(whole["labels"], by=depth, fill=IGNORE),
@@ -145,8 +152,9 @@ def _predict(
     layer: Block,
     depth: int,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Predict the token `depth` further ahead than the decoder does."""
-    assert cfg.mtp is not None
+    """Predict the token `depth` further ahead than the decoder does; in evaluation, nothing."""
+    if cfg.mtp is None:  # the layer stays where it is placed, and costs nothing
+        return carry, {}
     token = shard(F.embedding(consts[f"tokens_{depth}"], w["table"]), "batch seq_res embed")
     x = F.linear(norm(token, w, "norm_token", cfg), w["w_token"])
     x = x + F.linear(norm(carry, w, "norm_hidden", cfg), w["w_hidden"])

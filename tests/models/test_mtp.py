@@ -184,6 +184,12 @@ def test_what_cannot_be_is_refused(fields: dict[str, Any], text: str) -> None:
         replace(DENSE, **fields)
 
 
+def test_a_depth_beyond_every_sequence_is_refused() -> None:
+    decoder(replace(DENSE, mtp=SEQ - 1), batch_size=1)
+    with pytest.raises(ValueError, match=r"mtp is 8, and sequences have 8 tokens: .* at most 7"):
+        decoder(replace(DENSE, mtp=SEQ), batch_size=1)
+
+
 def test_a_builder_without_it_says_so() -> None:
     with pytest.raises(ValueError, match=r"gpt: mtp is 2, .* Build it by `decoder`\."):
         gpt(DENSE, batch_size=1)

@@ -114,7 +114,7 @@ def test_what_is_read_of_torch_dist_is_written_again_bit_for_bit(
     """Through our own format: names, shapes, dtypes, bytes, groups and schedule of Megatron's."""
     golden = shared / "goldens/checkpoints" / LLAMA
     convert(str(golden), str(tmp_path / "ours"), Options())
-    again = Options(target="torch_dist", box_bytes=20_000)
+    again = Options(target="torch_dist", box_bytes=50_000)
     convert(str(tmp_path / "ours"), str(tmp_path / "again"), again)
     theirs, told = read_torch_dist(golden)
     ours, said = read_torch_dist(tmp_path / "again")
@@ -148,7 +148,7 @@ def test_the_distributed_optimizers_file_is_laid_out_as_megatron_does(
     shared: Path, tmp_path: Path
 ) -> None:
     golden = shared / "goldens/checkpoints" / LLAMA
-    options = Options(target="megatron", tensor=2, vocab_divisor=64, box_bytes=20_000)
+    options = Options(target="megatron", tensor=2, vocab_divisor=64, box_bytes=50_000)
     convert(str(golden), str(tmp_path / "legacy"), options)
     reference = f"{LLAMA}_legacy_plain"
     for file in sorted((tmp_path / "legacy").rglob("distrib_optim.pt")):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatree.cli.explain import explain
 from megatree.cli.plan import plan_of, print_plan
 from megatree.cli.progress import show
 from megatree.models.moe_config import MoEConfig
-from megatree.parallel.plan import DEVICES, estimate
+from megatree.parallel.plan import DEVICES, Plan, estimate
 from megatree.recipes import metrics
 from megatree.recipes.config import MeshConfig, RunConfig, moe_rules
 from megatree.recipes.expert_load import expert_load
@@ -58,42 +59,53 @@ def told(folder: Path) -> list[tuple[Any, ...]]:
     ]
 
 
+BIASED = replace(
+    MODEL, bias_rate=1e-3, balance_over="global", score="sigmoid", shared_ffn=16,
+    overlap_shared=True,
+)  # fmt: skip
+
+
+def biased_run(folder: Path, mesh: MeshConfig) -> RunConfig:
+    """Return 4 steps of a run in float64: no tie that another order of sums breaks."""
+    cfg = moe_run(folder, model=BIASED, mesh=mesh, steps=4, eval_every=4)
+    return replace(with_group(cfg, "optimizer", lr=3e-2), dtype="float64")
+
+
+def text_of(cfg: RunConfig, mesh: MeshConfig) -> list[str]:
+    return sample(CPU, cfg.checkpoint.dir, mesh, PROMPTS, Sampling(max_tokens=6))
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> tuple[list[tuple[Any, ...]], list[str]]:
+    """What one device tells of the run, and the text that it makes after it."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    cfg = biased_run(folder, MeshConfig())
+    assert run(CPU, cfg, silent) == 4
+    return told(Path(cfg.checkpoint.dir)), text_of(cfg, MeshConfig())
+
+
 @ranks(2, timeout_s=120.0)
 def test_a_run_over_expert_ranks_is_that_of_one_device_and_goes_on_over_others(
-    tmp_path: Path,
+    tmp_path: Path, alone: tuple[list[tuple[Any, ...]], list[str]]
 ) -> None:
-    """Losses and loads with ep 2, then tp 2 from its checkpoint, against ep 2 to the end; text."""
+    """Losses and loads of ep 2, then tp 2 from its checkpoint, against one device; text of both."""
     world = world_of_group()
-    biased = replace(
-        MODEL, bias_rate=1e-3, balance_over="global", score="sigmoid", shared_ffn=16,
-        overlap_shared=True,
-    )  # fmt: skip
-
-    def made() -> list[RunConfig]:
-        out = []
-        for name in ("ep", "tp"):
-            (tmp_path / name).mkdir()
-            cfg = moe_run(tmp_path / name, model=biased, mesh=MeshConfig(ep=2), steps=6)
-            out.append(replace(cfg, dtype="float64"))  # no tie that another order of sums breaks
-        return out
-
-    ep, changed = world.broadcast(world.on_first(made))
-    run(CPU, ep, silent)
-    open_job(CPU, changed, silent).train(stop=4)
-    tp = replace(changed, mesh=MeshConfig(tp=2), rules=moe_rules(biased, sequence_parallel=True))
-    assert run(CPU, tp, silent) == 6
-    whole, other = (told(Path(cfg.checkpoint.dir)) for cfg in (ep, changed))
-    for (step, loss, terms, loads), (at, value, parts, counts) in zip(whole, other, strict=True):
+    ep = world.broadcast(world.on_first(lambda: biased_run(tmp_path, MeshConfig(ep=2))))
+    open_job(CPU, ep, silent).train(stop=2)
+    tp = replace(ep, mesh=MeshConfig(tp=2), rules=moe_rules(BIASED, sequence_parallel=True))
+    assert run(CPU, tp, silent) == 4
+    whole, text = alone
+    for (step, loss, terms, loads), (at, value, parts, counts) in zip(
+        whole, told(Path(tp.checkpoint.dir)), strict=True
+    ):
         assert step == at
         assert loss == pytest.approx(value, rel=1e-5)
         assert terms == pytest.approx(parts, rel=1e-4)
         assert loads == counts
     assert whole[-1][1] < whole[0][1] - 0.5
-    texts = [
-        sample(CPU, cfg.checkpoint.dir, mesh, PROMPTS, Sampling(max_tokens=6))
-        for cfg, mesh in ((ep, MeshConfig(ep=2)), (tp, MeshConfig(tp=2)))
-    ]
-    assert texts[0] == texts[1]
+    for mesh in (MeshConfig(ep=2), MeshConfig(tp=2)):
+        assert text_of(tp, mesh) == text
 
 
 def test_a_run_tells_the_load_of_every_expert(
@@ -145,11 +157,16 @@ def test_a_config_with_experts_is_saved_and_read(tmp_path: Path) -> None:
     assert load_config(tmp_path / "run" / "config.json").model == cfg.model
 
 
+@cache
+def demo_plan() -> tuple[RunConfig, Plan]:
+    cfg = moe_demo()
+    return cfg, plan_of(cfg)
+
+
 def test_a_plan_prints_what_travels_to_experts(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    cfg = moe_demo()
-    made = plan_of(cfg)
+    cfg, made = demo_plan()
     (traffic,) = made.experts
     rows = 16 // 2 * 128 * 2  # of a rank: tokens x top_k, half of which leave it
     assert traffic.combine == rows // 2 * 128 * 4
@@ -173,15 +190,23 @@ def test_a_plan_prints_what_travels_to_experts(capsys: pytest.CaptureFixture[str
 
 def test_a_plan_counts_the_products_of_the_experts_that_tokens_take() -> None:
     """6 FLOPs a token and active weight, and causal attention."""
-    cfg = moe_demo()
+    cfg, made = demo_plan()
     layer = 4 * 128 * 128 + 8 * 128 + 2 * 3 * 172 * 128
     weights = 4 * layer + 512 * 128
     attention = 4 * 6 * 128 * 128  # half of 12 s d
-    assert plan_of(cfg).flops_per_token == 6 * weights + attention
+    assert made.flops_per_token == 6 * weights + attention
     assert isinstance(cfg.model, MoEConfig)
     twice = replace(cfg.model, top_k=4)
-    more = plan_of(replace(cfg, model=twice)).flops_per_token - plan_of(cfg).flops_per_token
+    more = plan_of(replace(cfg, model=twice)).flops_per_token - made.flops_per_token
     assert more == 6 * 4 * 2 * 3 * 172 * 128
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has none")
+def test_a_plan_of_grouped_products_is_that_of_a_loop() -> None:
+    """In float32, which a CPU multiplies so, and of which torch would not say the shapes."""
+    cfg, made = demo_plan()
+    model = replace(cfg.model, products="grouped")  # type: ignore[call-arg]
+    assert plan_of(replace(cfg, model=model)).stages == made.stages
 
 
 def test_a_block_with_experts_is_explained_without_being_named(

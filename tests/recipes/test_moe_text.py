@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from megatree.models.moe_names import MIXTRAL
 from megatree.models.names import to_foreign
 from megatree.recipes.config import MeshConfig
-from megatree.recipes.job import open_job, run
+from megatree.recipes.job import open_job
 from megatree.recipes.sample import Sampling, sample
 from megatree.recipes.vocabulary import load_tokenizer
 from tests.recipes.test_moe_run import CPU, MODEL, PROMPTS, moe_run, silent
@@ -22,8 +22,7 @@ def test_text_is_what_hugging_face_makes_greedily(tmp_path: Path) -> None:
     """Through the checkpoint, padded rows and all; a capacity drops nothing here."""
     model = replace(MODEL, capacity_factor=0.5, pad_to_capacity=True)
     cfg = moe_run(tmp_path, model=model, steps=1)
-    run(CPU, cfg, silent)
-    job = open_job(CPU, cfg, silent)
+    job = open_job(CPU, cfg, silent).train()
     params = job.step.params(job.progress.state)
     config = MixtralConfig(
         vocab_size=512, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,

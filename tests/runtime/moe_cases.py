@@ -15,17 +15,14 @@ from megatree.functional.tree import flatten_with_names, map_with_names
 from megatree.models.moe import moe
 from megatree.models.moe_config import MoEConfig
 from megatree.parallel.assemble import assemble
-from megatree.parallel.comm import RankComm
 from megatree.parallel.context import Ring
 from megatree.parallel.layout import Layout, Rules
 from megatree.parallel.mesh import Mesh
-from megatree.parallel.model import ModelProgram, lower_model
+from megatree.parallel.model import lower_model
 from megatree.parallel.order import Zigzag
-from megatree.parallel.packing import views
 from megatree.parallel.threads import ThreadComm, Threads
 from megatree.parallel.types import make_type
-from megatree.runtime.gradients import make_gradients, whole_gradients
-from tests.runtime.one_device import Reference, rank_inputs
+from tests.runtime.one_device import Reference, gradients_on, rank_inputs
 from tests.tolerances import RELATIVE, assert_leaves_close
 
 BATCH, SEQ, EXPERTS = 8, 8, 8
@@ -183,19 +180,8 @@ def reference(cfg: MoEConfig) -> tuple[Reference, Mapping[str, Tensor]]:
     return Reference(model, params, tuple(batches), total.detach(), grads), values
 
 
-def gradients_on(
-    program: ModelProgram, comm: RankComm, params: Any, batches: Any
-) -> tuple[dict[str, Tensor], Any]:
-    """Do what `value_and_grad` does, with a program that all simulated ranks share."""
-    gradients = make_gradients(program, comm)
-    gradients.weights.fill(params)
-    values, _, _ = gradients(batches)
-    return values, views(gradients.groups, whole_gradients(gradients), program.model.params)
-
-
-def assert_exact(cfg: MoEConfig, layout: Layout) -> None:
+def assert_exact(ref: Reference, terms: Mapping[str, Tensor], layout: Layout) -> None:
     """Compare all terms and gradients of simulated ranks with one device's."""
-    ref, terms = reference(cfg)
     program = lower_model(ref.model, layout)
 
     def rank_main(comm: ThreadComm) -> tuple[dict[str, Tensor], list[Tensor]]:

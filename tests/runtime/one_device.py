@@ -19,9 +19,10 @@ from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import Layout, cut
 from megatree.parallel.model import ModelProgram, lower_model
 from megatree.parallel.order import to_order
+from megatree.parallel.packing import views
 from megatree.parallel.threads import ThreadComm, Threads
 from megatree.parallel.types import make_type
-from megatree.runtime.gradients import value_and_grad
+from megatree.runtime.gradients import make_gradients, whole_gradients
 from tests.tolerances import RELATIVE, assert_leaves_close
 
 BATCH, MICROBATCHES = 8, 2
@@ -123,6 +124,16 @@ def rank_inputs(
     return map_with_names(piece, ref.model.params, ref.params), batches
 
 
+def gradients_on(
+    program: ModelProgram, comm: RankComm, params: Any, batches: Any
+) -> tuple[dict[str, Tensor], Any]:
+    """Do what `value_and_grad` does, with a program that all simulated ranks share."""
+    gradients = make_gradients(program, comm)
+    gradients.weights.fill(params)
+    values, _, _ = gradients(batches)
+    return values, views(gradients.groups, whole_gradients(gradients), program.model.params)
+
+
 @dataclass(frozen=True)
 class Compared:
     """A step on simulated ranks that agreed with one device.
@@ -144,8 +155,7 @@ def assert_like_one_device(ref: Reference, layout: Layout) -> Compared:
     program = lower_model(ref.model, layout)
 
     def rank_main(comm: ThreadComm) -> tuple[Tensor, list[Tensor], dict[str, int]]:
-        params, batches = rank_inputs(ref, program, comm)
-        values, grads = value_and_grad(ref.model, layout, comm=comm)(params, batches)
+        values, grads = gradients_on(program, comm, *rank_inputs(ref, program, comm))
         return values["loss"], optree.tree_leaves(grads), comm.counts
 
     results = Threads(layout.sizes).run(rank_main)

@@ -60,7 +60,9 @@ def buffers(state: TrainState) -> dict[str, torch.Tensor]:
     return named
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", ["tp and sp", "zero-3", pytest.param("dp", marks=pytest.mark.full)]
+)
 @ranks(2)
 def test_six_steps_are_three_and_three_bit_for_bit(name: str, tmp_path: Path) -> None:
     """With dropout: its masks must follow the step, not how many the process has made."""

@@ -16,7 +16,6 @@ from megatree.functional.chain import Chain, Stack
 from megatree.functional.tree import flatten_with_names
 from megatree.models.decoder import decoder
 from megatree.models.moe_config import MoEConfig
-from megatree.parallel.assemble import assemble
 from megatree.parallel.context import AllGather, Ring, Ulysses
 from megatree.parallel.errors import ShardingError
 from megatree.parallel.layout import Layout, Rules
@@ -26,14 +25,13 @@ from megatree.parallel.order import Zigzag
 from megatree.parallel.placement import Placement
 from megatree.parallel.remat import Remat
 from megatree.parallel.schedule import interleaved, one_f_one_b, zero_bubble_h1
+from megatree.parallel.storage import Storage
 from megatree.parallel.threads import ThreadComm, Threads
-from megatree.parallel.types import make_type
-from megatree.runtime.gradients import value_and_grad
 from megatree.runtime.optimizers import adamw
 from megatree.runtime.step import train_step
-from tests.runtime.moe_cases import draw_weights
-from tests.runtime.one_device import Reference, rank_inputs
-from tests.tolerances import RELATIVE, assert_leaves_close
+from tests.runtime.lowered_once import lowered_once
+from tests.runtime.moe_cases import assert_exact, draw_weights
+from tests.runtime.one_device import Reference, gradients_on, rank_inputs
 
 BATCH, SEQ, VOCAB = 8, 8, 50
 CFG = MoEConfig(
@@ -93,9 +91,14 @@ def terms_of(model: Chain, params: Any, batches: Sequence[Mapping[str, Tensor]])
 
 
 @cache
+def model_of(cfg: MoEConfig) -> Chain:
+    return decoder(cfg, batch_size=BATCH, dtype=torch.float64)
+
+
+@cache
 def reference(cfg: MoEConfig) -> tuple[Reference, Mapping[str, Tensor]]:
     """Draw weights and two microbatches; return them with the gradients, and the terms' values."""
-    model = decoder(cfg, batch_size=BATCH, dtype=torch.float64)
+    model = model_of(cfg)
     draw = torch.Generator().manual_seed(0)
 
     params = draw_weights(model, draw)
@@ -124,27 +127,9 @@ def reference(cfg: MoEConfig) -> tuple[Reference, Mapping[str, Tensor]]:
     ],
 )
 def test_terms_and_gradients_are_those_of_one_device(model: str, name: str) -> None:
-    layout = LAYOUTS[name]
     ref, terms = reference(MODELS[model])
-    program = lower_model(ref.model, layout)
-
-    def rank_main(comm: ThreadComm) -> tuple[dict[str, Tensor], list[Tensor]]:
-        params, batches = rank_inputs(ref, program, comm)
-        values, grads = value_and_grad(ref.model, layout, comm=comm)(params, batches)
-        return values, optree.tree_leaves(grads)
-
-    results = Threads(layout.sizes).run(rank_main)
-    got = {term: torch.stack([values[term] for values, _ in results]) for term in terms}
-    expected = {term: value.expand(len(results)) for term, value in terms.items()}
-    names, declared, _ = flatten_with_names(ref.model.params)
-    for at, (path, leaf) in enumerate(zip(names, declared, strict=True)):
-        shape = tuple(ref.grads[path].shape)
-        ty = make_type(shape, torch.float64, layout.spec(leaf.names, shape, path), layout.sizes)
-        pieces = [grads[at] for _, grads in results]
-        got[path] = assemble(pieces, ty, layout.sizes, path, rtol=RELATIVE[torch.float64])
-        expected[path] = ref.grads[path]
     assert {"loss", "mtp", "balance"} == set(terms)
-    assert_leaves_close(got, expected)
+    assert_exact(ref, terms, LAYOUTS[name])
 
 
 PIPELINES: dict[str, Layout] = {
@@ -179,8 +164,9 @@ PIPELINES: dict[str, Layout] = {
 def steps(cfg: MoEConfig, layout: Layout, comm: ThreadComm | None = None) -> dict[str, Tensor]:
     """Train two steps; return their terms and norms."""
     ref, _ = reference(CFG)
-    model = decoder(cfg, batch_size=BATCH, dtype=torch.float64)
-    step = train_step(model, layout, adamw(1e-2), comm=comm, max_norm=0.5)
+    step = train_step(model_of(cfg), layout, adamw(1e-2), comm=comm, max_norm=0.5)
+    if layout.schedule is not None:
+        assert step.program.holders("embed.table", 0) == (0, 1)
     state, seen = step.init(0), {}
     local = [step.local(batch) for batch in ref.batches]
     for number in range(2):
@@ -211,11 +197,52 @@ def test_pipelines_train_as_one_device(model: str, name: str) -> None:
     shows in the norm of the first step and in the terms of the second.
     """
     cfg, layout = MODELS[model], PIPELINES[name]
-    program = lower_model(decoder(cfg, batch_size=BATCH, dtype=torch.float64), layout)
-    assert program.holders("embed.table", 0) == (0, 1)
-    for seen in Threads(layout.mesh.sizes).run(lambda comm: steps(cfg, layout, comm)):
+    with lowered_once():
+        ranks = Threads(layout.mesh.sizes).run(lambda comm: steps(cfg, layout, comm))
+    for seen in ranks:
         for name, value in alone(cfg).items():
             torch.testing.assert_close(seen[name], value, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("one", PIPELINES["pp2 ep2"]),
+        pytest.param(
+            "one",
+            replace(LAYOUTS["dp2 ep2"], storage=Storage("dp", "dp", "dp")),
+            marks=pytest.mark.full,
+        ),
+        pytest.param("two", PIPELINES["interleaved"], marks=pytest.mark.full),
+    ],
+    ids=["one-pp2 ep2", "one-zero-3", "two-interleaved"],
+)
+def test_evaluation_computes_nothing_further(model: str, layout: Layout) -> None:
+    """The decoder's loss, by the placement of training; no product and no message behind it."""
+    cfg = MODELS[model]
+    ref, _ = reference(cfg)
+
+    def rank_main(comm: ThreadComm) -> tuple[dict[str, Tensor], dict[str, int]]:
+        step = train_step(ref.model, layout, adamw(0.0), comm=comm)
+        step.init(0)
+        terms = step.evaluate([step.local(batch) for batch in ref.batches])
+        calls = {
+            name: sum(node.op == "call_function" for node in unit.program.graph.nodes)
+            for name, unit in step.evaluation.program.units.items()
+        }
+        return terms, calls
+
+    plain = decoder(replace(cfg, mtp=None, balance=None), batch_size=BATCH, dtype=torch.float64)
+    alone = train_step(plain, Layout(), adamw(0.0))
+    alone.init(0)
+    expected = alone.evaluate([alone.local(batch) for batch in ref.batches])
+    further = ("depth1", "depth2")[: cfg.mtp]
+    with lowered_once():
+        ranks = Threads(layout.mesh.sizes).run(rank_main)
+    for terms, calls in ranks:
+        assert {name for name, n in calls.items() if n == 0} == {"mtp." + k for k in further}
+        assert set(terms) == {"loss"}
+        torch.testing.assert_close(terms["loss"], expected["loss"], rtol=1e-12, atol=0.0)
 
 
 # -- known ways to be wrong ------------------------------------------------------------------------
@@ -227,9 +254,9 @@ def test_trap_mtp_normalised_by_local_counts() -> None:
     """
     ref, terms = reference(CFG)
     by_hand, whole = [], []
+    model = decoder(CFG, batch_size=4, dtype=torch.float64)
     for batch in ref.batches:
         for half in (slice(0, 4), slice(4, 8)):
-            model = decoder(CFG, batch_size=4, dtype=torch.float64)
             _, outs = model.apply(ref.params, {k: v[half] for k, v in batch.items()})
             total, weight = (x.item() for x in outs["mtp"]["depth1"]["terms"]["mtp"])
             whole.append((total, weight))
@@ -242,8 +269,7 @@ def test_trap_mtp_normalised_by_local_counts() -> None:
     program = lower_model(ref.model, layout)
 
     def rank_main(comm: ThreadComm) -> float:
-        params, batches = rank_inputs(ref, program, comm)
-        values, _ = value_and_grad(ref.model, layout, comm=comm)(params, batches)
+        values, _ = gradients_on(program, comm, *rank_inputs(ref, program, comm))
         return values["mtp"].item()
 
     for value in Threads(layout.sizes).run(rank_main):

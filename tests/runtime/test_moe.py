@@ -28,6 +28,7 @@ from megatree.parallel.storage import Storage
 from megatree.parallel.threads import ThreadComm, Threads
 from megatree.runtime.optimizers import adamw
 from megatree.runtime.step import train_step
+from tests.runtime.lowered_once import lowered_once
 from tests.runtime.moe_cases import (
     BATCH,
     CAPPED,
@@ -38,12 +39,11 @@ from tests.runtime.moe_cases import (
     SIZES,
     TP,
     assert_exact,
-    gradients_on,
     layout_of,
     objective,
     reference,
 )
-from tests.runtime.one_device import rank_inputs
+from tests.runtime.one_device import gradients_on, rank_inputs
 from tests.tolerances import assert_leaves_close
 
 DEFAULT = {
@@ -64,7 +64,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("model", "layout"), ROWS)
 def test_terms_and_gradients_are_those_of_one_device(model: str, layout: str) -> None:
-    assert_exact(MODELS[model], layout_of(LAYOUTS[layout], MODELS[model]))
+    assert_exact(*reference(MODELS[model]), layout_of(LAYOUTS[layout], MODELS[model]))
 
 
 ZERO = {
@@ -89,12 +89,12 @@ ZERO = {
 def test_storage_cuts_experts_and_the_rest(model: str, storage: str, name: str) -> None:
     """Experts have copies on a part of the mesh only, over which alone they can be cut."""
     cfg = MODELS[model]
-    assert_exact(cfg, replace(layout_of(LAYOUTS[name], cfg), storage=ZERO[storage]))
+    assert_exact(*reference(cfg), replace(layout_of(LAYOUTS[name], cfg), storage=ZERO[storage]))
 
 
 @pytest.mark.parametrize("model", ["dropless", pytest.param("padded", marks=pytest.mark.full)])
 def test_layers_that_run_again_send_the_same_rows(model: str) -> None:
-    assert_exact(MODELS[model], replace(LAYOUTS["ep2"], remat=Remat(policy="full")))
+    assert_exact(*reference(MODELS[model]), replace(LAYOUTS["ep2"], remat=Remat(policy="full")))
 
 
 # -- pipelines ----------------------------------------------------------------------------------
@@ -152,7 +152,9 @@ def test_pipelines_train_as_one_device(model: str, name: str) -> None:
     four = replace(MODELS["dropless"], num_layers=4, every=2)
     cfg = MODELS.get(model, four)
     layout = layout_of(PIPELINES[name], cfg)
-    for seen in Threads(layout.mesh.sizes).run(lambda comm: steps(cfg, layout, comm)):
+    with lowered_once():
+        ranks = Threads(layout.mesh.sizes).run(lambda comm: steps(cfg, layout, comm))
+    for seen in ranks:
         for got, want in zip(seen, alone(cfg), strict=True):
             torch.testing.assert_close(got.double(), want.double(), rtol=1e-11, atol=1e-11)
 
@@ -204,7 +206,9 @@ def test_trap_the_norm_counts_every_expert_once(name: str) -> None:
 
     expected = rank_main(None, Layout())
     layout = layout_of(LAYOUTS[name], cfg)
-    for norm in Threads(layout.sizes).run(lambda comm: rank_main(comm, layout)):
+    with lowered_once():
+        norms = Threads(layout.sizes).run(lambda comm: rank_main(comm, layout))
+    for norm in norms:
         assert norm == pytest.approx(expected, rel=1e-12)
 
 
@@ -266,7 +270,9 @@ def test_trap_counts_are_the_same_after_every_reading() -> None:
             out.append(next(v for k, v in sorted(metrics.outs.items()) if k.endswith("load")))
         return out
 
-    for first, *others in Threads(layout.sizes).run(loads):
+    with lowered_once():
+        ranks = Threads(layout.sizes).run(loads)
+    for first, *others in ranks:
         assert first.shape[-1] == EXPERTS
         assert (first.sum(-1) == BATCH * SEQ * 2).all()
         assert all(torch.equal(first, other) for other in others)
@@ -389,6 +395,12 @@ def test_layouts_that_cannot_be_are_refused(rules: Any, mesh: Mesh, text: str) -
         ({"top_k": 9}, r"top_k is 9, and there are 8 experts\. Give at most 8\."),
         ({"pad_to_capacity": True}, r"pad_to_capacity without capacity_factor: .*Give a capacity"),
         ({"capacity_factor": 0.0}, r"capacity_factor is 0\.0\. Give a positive number\."),
+        ({"capacity_factor": math.nan}, r"capacity_factor is nan\. Give a positive number\."),
+        ({"route_scale": math.inf}, r"route_scale is inf\. Give a positive number\."),
+        (
+            {"score": "sigmoid", "pre_softmax": True},
+            r"pre_softmax with score 'sigmoid', .* Take pre_softmax=False\.",
+        ),
         ({"score": "tanh"}, r"score is 'tanh'\. Use one of softmax, sigmoid, sqrtsoftplus\."),
         ({"dense_first": 2}, r"dense_first is 2 of 2 layers\. Leave at least one"),
         ({"bias": True}, r"bias=True, and experts have none\."),

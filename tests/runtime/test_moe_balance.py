@@ -30,6 +30,7 @@ from megatree.runtime import pieces
 from megatree.runtime.gradients import make_gradients
 from megatree.runtime.optimizers import adamw
 from megatree.runtime.step import TrainState, TrainStep, train_step
+from tests.runtime.lowered_once import lowered_once
 from tests.runtime.moe_cases import (
     BATCH,
     EXPERTS,
@@ -37,11 +38,10 @@ from tests.runtime.moe_cases import (
     MODELS,
     SEQ,
     TP,
-    gradients_on,
     layout_of,
     reference,
 )
-from tests.runtime.one_device import rank_inputs
+from tests.runtime.one_device import gradients_on, rank_inputs
 from tests.thread_worlds import threaded_worlds
 
 BIASED = replace(MODELS["biased"], balance=None, z_loss=None, top_k=2, groups=None,
@@ -173,7 +173,9 @@ def test_a_bias_moves_by_the_choices_of_the_whole_step() -> None:
 def test_a_bias_is_bit_equal_on_any_mesh(name: str) -> None:
     """Counts of a rank, or of the last microbatch, or added twice, end in another sign."""
     cfg, layout = BIASED, layout_of(STATES[name], BIASED)
-    for found in Threads(layout.mesh.sizes).run(lambda comm: bias_of(*trained(cfg, layout, comm))):
+    with lowered_once():
+        ranks = Threads(layout.mesh.sizes).run(lambda comm: bias_of(*trained(cfg, layout, comm)))
+    for found in ranks:
         assert found
         for layer, bias in found.items():
             assert torch.equal(bias, alone()[layer])
@@ -251,7 +253,8 @@ def test_a_checkpoint_with_experts_and_biases_goes_on_under_another_layout(
         step, state = trained(BIASED, before, comm)
         pieces.save(path, step, state, worlds[comm.rank])
 
-    Threads(before.sizes).run(write)
+    with lowered_once():
+        Threads(before.sizes).run(write)
     others = threaded_worlds(after.mesh.num_ranks)
 
     def read(comm: ThreadComm) -> tuple[float, dict[int, Tensor]]:
@@ -265,7 +268,9 @@ def test_a_checkpoint_with_experts_and_biases_goes_on_under_another_layout(
     step, state = trained(BIASED, Layout())
     local = [step.local(batch) for batch in reference(BIASED)[0].batches]
     _, metrics = step(state, local)
-    for loss, bias in Threads(after.sizes).run(read):
+    with lowered_once():
+        ranks = Threads(after.sizes).run(read)
+    for loss, bias in ranks:
         assert loss == pytest.approx(metrics.loss.item(), rel=1e-10)
         assert all(torch.equal(bias[layer], alone(4)[layer]) for layer in bias)
 
@@ -420,6 +425,7 @@ def test_the_shared_expert_is_computed_while_rows_travel_there_and_back(
         ({"overlap_shared": True}, r"overlap_shared without shared_ffn: there is no shared expert"),
         ({"jitter": 1.0}, r"jitter is 1\.0\. Give a number in \(0, 1\)\."),
         ({"bias_rate": -1.0}, r"bias_rate is -1\.0\. Give 0 or more\."),
+        ({"bias_rate": float("nan")}, r"bias_rate is nan\. Give 0 or more\."),
         (
             {"router": "sinkhorn"},
             r"router is 'sinkhorn' with balance 0\.3, and its choice is even by itself\. Leave out",

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatree.functional.chain import Chain
 from megatree.io.checkpoint import Piece, Saver
 from megatree.io.world import World
 from megatree.models.gpt import GPTConfig, gpt
@@ -24,6 +26,7 @@ from megatree.recipes.config import MeshConfig, PipelineConfig, megatron_rules
 from megatree.runtime import pieces
 from megatree.runtime.optimizers import adamw, sgd, with_ema
 from megatree.runtime.step import TrainState, TrainStep, train_step
+from tests.runtime.lowered_once import lowered_once
 from tests.thread_worlds import threaded_worlds
 
 GPT2 = GPTConfig(
@@ -75,8 +78,14 @@ def layout_from(cut: Cut) -> Layout:
     return replace(layout_of(mesh, rules, pipeline), storage=kept)
 
 
+@cache
+def chain_of(model: str, dtype: str) -> Chain:
+    """Return a model, the same one for all who ask: it is lowered once for all ranks."""
+    return gpt(MODELS[model], batch_size=4, dtype=DTYPES[dtype])
+
+
 def make(model: str, optimizer: str, dtype: str, layout: Layout, comm: Any) -> TrainStep:
-    chain = gpt(MODELS[model], batch_size=4, dtype=DTYPES[dtype])
+    chain = chain_of(model, dtype)
     rules = {"precision": Precision(master=dtype == "bfloat16")}
     return train_step(chain, layout, OPTIMIZERS[optimizer](), comm=comm, **rules)
 
@@ -95,7 +104,8 @@ def part(piece: Piece) -> Tensor:
 
 def on_all(layout: Layout, fn: Callable[[Any, World], Any]) -> Sequence[Any]:
     worlds = threaded_worlds(layout.mesh.num_ranks)
-    return Threads(layout.mesh.sizes).run(lambda comm: fn(comm, worlds[comm.rank]))
+    with lowered_once():
+        return Threads(layout.mesh.sizes).run(lambda comm: fn(comm, worlds[comm.rank]))
 
 
 def check(model: str, optimizer: str, dtype: str, cuts: Sequence[Cut], *, behind: bool) -> int:
@@ -103,8 +113,10 @@ def check(model: str, optimizer: str, dtype: str, cuts: Sequence[Cut], *, behind
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "0")
 
+        layout = layout_from(cuts[0])
+
         def first(comm: Any, world: World) -> None:
-            step = make(model, optimizer, dtype, layout_from(cuts[0]), comm)
+            step = make(model, optimizer, dtype, layout, comm)
             state = step.init()
             weights = step.gradients.weights
             shards = weights.shards()
@@ -129,7 +141,7 @@ def check(model: str, optimizer: str, dtype: str, cuts: Sequence[Cut], *, behind
             save(f"{path}{number}", step, state, world)
             return {piece.path for piece in found}
 
-        on_all(layout_from(cuts[0]), first)
+        on_all(layout, first)
         leaves: set[str] = set()
         for number, cut in enumerate(cuts[1:]):
             layout = layout_from(cut)
@@ -194,16 +206,23 @@ def test_a_run_that_changes_its_layout_twice_follows_one_that_does_not() -> None
     seen: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (cut, count) in enumerate(zip(cuts, (4, 3, 3), strict=True)):
+            layout = layout_from(cut)
 
-            def go(comm: Any, world: World, number: int = number, count: int = count) -> list:
-                step = make("llama", "adamw", "float64", layout_from(cuts[number]), comm)
+            def go(
+                comm: Any,
+                world: World,
+                number: int = number,
+                count: int = count,
+                layout: Layout = layout,
+            ) -> list:
+                step = make("llama", "adamw", "float64", layout, comm)
                 path = f"{folder}/{number - 1}"
                 state = pieces.load(path, step, world)[0] if number else step.init(1)
                 state, made = losses(step, state, count)
                 pieces.save(f"{folder}/{number}", step, state, world)
                 return made
 
-            everyone = on_all(layout_from(cut), go)
+            everyone = on_all(layout, go)
             assert all(made == everyone[0] for made in everyone)
             seen += everyone[0]
     torch.testing.assert_close(

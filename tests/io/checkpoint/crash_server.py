@@ -53,7 +53,7 @@ def save_for_ever(directory: Path, first: int, die_at: int) -> None:
             state(step),
             world=World.single(),
             extra={"step": step},
-            block_bytes=1 << 16,
+            block_bytes=1 << 17,
         )
         os.write(1, f"saved {step}\n".encode())
 
