@@ -19,6 +19,7 @@ Key = int | Tensor
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_INVERSE = pow(_GOLDEN, -1, 1 << 64)
 _BINS = 1 << 14
 
 
@@ -31,6 +32,11 @@ def _signed(value: int) -> int:
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Shift right logically (int64 shifts are arithmetic)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _times(x: Key, factor: int) -> Key:
+    """Multiply modulo 2**64."""
+    return _signed(x * factor) if isinstance(x, int) else x * _signed(factor)
 
 
 def _mix(x: Key) -> Key:
@@ -56,7 +62,7 @@ def fold(key: Key, *data: int | str | Tensor) -> Key:
     """
     for item in data:
         word = zlib.crc32(item.encode()) + (len(item) << 32) if isinstance(item, str) else item
-        word = _signed(word * _GOLDEN) if isinstance(word, int) else word * _signed(_GOLDEN)
+        word = _times(word, _GOLDEN)
         if isinstance(key, int) and isinstance(word, int):
             key = _mix(_signed(key + word) ^ _signed(_GOLDEN >> 1))
         else:
@@ -66,7 +72,8 @@ def fold(key: Key, *data: int | str | Tensor) -> Key:
 
 def bits(key: Key, index: Tensor) -> Tensor:
     """Return 64 random bits (int64) for every global element index."""
-    return cast(Tensor, _mix(_mix(index * _signed(_GOLDEN) + key)))
+    # index * _GOLDEN + key; a kernel that inductor makes holds indices in 32 bits until it adds.
+    return cast(Tensor, _mix(_mix((index + _times(key, _INVERSE)) * _signed(_GOLDEN))))
 
 
 def keep_mask(key: Key, index: Tensor, rate: float) -> Tensor:
