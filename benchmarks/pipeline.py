@@ -38,7 +38,6 @@ from megatree.parallel.schedule import (
     zero_bubble_h1,
     zero_bubble_v,
 )
-from megatree.parallel.split import weight_gradient
 from megatree.runtime.gradients import Gradients, make_gradients
 
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
@@ -122,15 +121,15 @@ def by_hand(step: Step) -> Callable[[], object]:
             units = calls[number, i] = []
             products[number, i] = []
             for name, index, layer in stage.entries:
-                call = bound._split_units[name][0] if split else bound._units[name]
+                call = bound._split_units[name].run if split else bound._units[name]
                 todo = bound._slots(name, index) if split else []
                 products[number, i] += todo
                 tail = [*bound._consts_for(name, const, layer), *(s for d in todo for s in d.slots)]
-                w = leaves.of[name, index]
-                w = w if split else bound._joined[name](w)
+                w = bound._joined[name](leaves.of[name, index])
                 units.append((call, w, tail, bound.program.units[name].num_carry))
             entries = [(name, index) for name, index, _ in stage.entries]
-            others[number] = leaves.inputs(entries, {d.weight for d in products[number, i]})
+            taken = {key for d in products[number, i] for key in d.weights}
+            others[number] = leaves.inputs(entries, taken)
     (seed_of_loss,) = [1.0 / weight for weight in weights.values()]
 
     def run() -> None:
@@ -151,7 +150,7 @@ def by_hand(step: Step) -> Callable[[], object]:
             if kind == "W":
                 with torch.no_grad():
                     for product, x, g in queued.pop((number, i)):
-                        leaves.add(product.weight, weight_gradient(product.product, x, g))
+                        leaves.add_product(product.weights, product.product, x, g)
                 continue
             x = None
             if number != (0 if kind == "F" else last):

@@ -1,5 +1,6 @@
 """Sizes and choices of the dense decoder, as a value that a command line reads without torch."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ _CHOICES = {
     "activation": Activation,
     "attention_kernel": AttentionKernel,
 }
+_POSITIVE = ("norm_eps", "rope_base", "init_std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +104,20 @@ class GPTConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and value < 1:
-                raise ValueError(f"GPTConfig: {field.name} is {value}. Give at least 1.")
+                ours = field.name in {own.name for own in fields(GPTConfig)}
+                owner = "GPTConfig" if ours else type(self).__name__
+                raise ValueError(f"{owner}: {field.name} is {value}. Give at least 1.")
             if field.name in _CHOICES and value not in (known := get_args(_CHOICES[field.name])):
                 raise ValueError(
                     f"GPTConfig: {field.name} is {value!r}. Use one of {', '.join(known)}."
                 )
             if field.name in ("dropout", "attention_dropout") and not 0.0 <= value < 1.0:
                 raise ValueError(f"GPTConfig: {field.name} is {value}. Give a rate in [0, 1).")
-            if field.name in ("norm_eps", "rope_base", "init_std") and value <= 0.0:
+            if field.name in _POSITIVE and not 0.0 < value < math.inf:
                 raise ValueError(f"GPTConfig: {field.name} is {value}. Give a positive number.")
         if self.window is not None and self.window < 1:
             raise ValueError(f"GPTConfig: window is {self.window}. Give at least 1, or None.")
-        if self.mtp is not None and (self.mtp < 1 or self.mtp_weight <= 0.0):
+        if self.mtp is not None and (self.mtp < 1 or not 0.0 < self.mtp_weight < math.inf):
             raise ValueError(
                 f"GPTConfig: mtp is {self.mtp} with mtp_weight {self.mtp_weight}. Give positive "
                 "numbers, or mtp=None."

@@ -9,6 +9,7 @@ from megatree.models.gpt_config import GPTConfig
 from megatree.models.moe_config import MoEConfig
 from megatree.models.moe_names import DEEPSEEK_V3, DIRECT_QUERIES, MIXTRAL, QWEN3_MOE
 from megatree.models.names import GPT2, LLAMA, Source
+from megatree.models.stated import number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def _read_llama(config: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise ValueError(f"{place}: {heads} heads do not divide over {kv_heads} key heads.")
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     out = {"kv_heads": kv_heads, "group": heads // kv_heads, "head_dim": head_dim}
-    base, kind, told = _rope(config)
+    base, kind, told = _rope(config, place)
     if kind == "default":
         return {**out, "rope_base": base}
     if kind != "llama3":
@@ -87,13 +88,18 @@ def _read_llama(config: Mapping[str, Any], place: str) -> dict[str, Any]:
             "Convert a model with one of them."
         )
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return {**out, "rope_base": base, "rope_scaling": tuple(float(told[name]) for name in names)}
+    scaling = tuple(number(told, name, place) for name in names)
+    return {**out, "rope_base": base, "rope_scaling": scaling}
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, str, dict[str, Any]]:
+def _rope(config: Mapping[str, Any], place: str) -> tuple[float, str, dict[str, Any]]:
     """Return base, kind and what else is said, as files of transformers 4 and 5 have them."""
-    told = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = float(told.get("rope_theta", config.get("rope_theta", 10000.0)))
+    told: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(value := config.get(key) or {}, Mapping):
+            raise ValueError(f"{place}: {key} is {value!r}, no object. Copy it anew.")
+        told |= value
+    base = number(told if "rope_theta" in told else config, "rope_theta", place, 10000.0)
     return base, told.get("rope_type", told.get("type", "default")), told
 
 
@@ -236,7 +242,7 @@ def _read_deepseek_v3(config: Mapping[str, Any], place: str) -> dict[str, Any]:
                 f"takes of it: convert a model with num_experts_per_tok {2 * kept}."
             )
         out |= {"groups": groups, "group_top_k": kept}
-    base, kind, told = _rope(config)
+    base, kind, told = _rope(config, place)
     out["rope_base"] = base
     if kind == "yarn":
         scale, of_all = told.get("mscale"), told.get("mscale_all_dim")
@@ -246,10 +252,12 @@ def _read_deepseek_v3(config: Mapping[str, Any], place: str) -> dict[str, Any]:
                 f"{place}: rope_scaling has {', '.join(odd) or 'mscale_all_dim without mscale'}, "
                 "which is not computed here. Convert a model without it."
             )
-        both = (float(scale), float(of_all)) if scale and of_all else (1.0, 0.0)
+        both = (1.0, 0.0)
+        if scale and of_all:
+            both = (number(told, "mscale", place), number(told, "mscale_all_dim", place))
         names = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
-        usual = {"beta_fast": 32, "beta_slow": 1}
-        out["yarn"] = (*(float(told.get(x) or usual[x]) for x in names), *both)
+        told = {"beta_fast": 32, "beta_slow": 1} | {k: v for k, v in told.items() if v}
+        out["yarn"] = (*(number(told, x, place) for x in names), *both)
     elif kind != "default":
         raise ValueError(
             f"{place}: rope_type is {kind!r}, and only 'default' and 'yarn' are computed here. "

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatree.models.gpt_config import GPTConfig
 from megatree.models.names import Source
+from megatree.models.stated import number
 
 _QKV = "(kv_heads slot:group+2 head_dim)"
 # How the rows of query_key_value were ordered before checkpoint version 2 (one group a head).
@@ -182,6 +183,7 @@ def to_gpt_config(args: Mapping[str, Any], place: str) -> GPTConfig:
         or args.get("use_rotary_position_embeddings") is True
     )
     bias = bool(args.get("add_bias_linear", True))
+    base = {"rotary_base": args.get("rotary_base") or 10000.0}
     return GPTConfig(
         vocab_size=args.get("true_vocab_size")
         or args.get("vocab_size")
@@ -201,7 +203,7 @@ def to_gpt_config(args: Mapping[str, Any], place: str) -> GPTConfig:
         qk_norm=bool(args.get("qk_layernorm")),
         tied=not args.get("untie_embeddings_and_output_weights", False),
         norm_eps=args.get("norm_epsilon") or args.get("layernorm_epsilon") or 1e-5,
-        rope_base=float(args.get("rotary_base") or 10000.0),
+        rope_base=number(base, "rotary_base", place),
     )
 
 

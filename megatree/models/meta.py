@@ -5,6 +5,7 @@ from typing import Any
 
 from megatree.models.gpt_config import GPTConfig
 from megatree.models.names import Source
+from megatree.models.stated import number
 
 _TABLE, _GATE = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
 _LAYER, _TURNED = "layers.{layer}", "head_dim=half:2 pair"
@@ -54,7 +55,7 @@ def to_gpt_config(
     """Return the sizes and choices of a params.json; widths that it does not say, of the tensors.
 
     Raises:
-        ValueError: it lacks a size.
+        ValueError: it lacks a size, or has something else where a number belongs.
     """
     lacking = [name for name in ("dim", "n_layers", "n_heads") if name not in params]
     if lacking:
@@ -62,10 +63,13 @@ def to_gpt_config(
     absent = [name for name in (_TABLE, _GATE) if name not in shapes]
     if absent:
         raise ValueError(f"{place}: the files beside it lack {', '.join(absent)}. Copy them anew.")
+    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "norm_eps"):
+        if params.get(name) is not None:
+            number(params, name, place)
     heads = params["n_heads"]
     kv_heads = params.get("n_kv_heads") or heads
     scaled = params.get("use_scaled_rope", False)
-    factor = float(params.get("rope_scaling_factor", 8.0))
+    factor = number(params, "rope_scaling_factor", place, 8.0)
     return GPTConfig(
         vocab_size=shapes[_TABLE][0],
         seq_length=params.get("max_seq_len", 131072 if scaled else 4096),
@@ -77,7 +81,7 @@ def to_gpt_config(
         ffn=shapes[_GATE][0],
         tied="output.weight" not in shapes,
         norm_eps=params.get("norm_eps", 1e-5),
-        rope_base=float(params.get("rope_theta", 10000.0)),
+        rope_base=number(params, "rope_theta", place, 10000.0),
         # Llama 3.1 and later: these constants are in Meta's source, not in the file.
         rope_scaling=(factor, 1.0, 4.0, 8192.0) if scaled else None,
     )

@@ -50,6 +50,16 @@ class Precision:
         """Return the dtype in which gradients of parameters of a dtype are added up."""
         return self.grads or torch.promote_types(dtype, torch.float32)
 
+    def widens(self, dtype: torch.dtype) -> bool:
+        """Whether gradients of parameters of a dtype are added up in a wider one.
+
+        A gradient in the parameters' dtype would be rounded before it is added, once per
+        microbatch: so products with such parameters add theirs themselves (see
+        `GradientSums.add_product`).
+        """
+        sums = self.sums(dtype)
+        return sums != dtype and torch.promote_types(dtype, sums) == sums
+
     def check_microbatches(self, num_microbatches: int) -> None:
         """Refuse to add up many microbatches in a narrow dtype.
 

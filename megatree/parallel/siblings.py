@@ -188,7 +188,7 @@ class _Joining:
         run = each.weights if path in each.weights else each.biases
         if run not in self.whole:
             whole = self.graph.placeholder("_".join(run).replace(".", "_"))
-            whole.meta.update(node.meta, path="+".join(run))
+            whole.meta.update(node.meta, path="+".join(run), run=run)
             self.whole[run] = whole, [0] * len(run)
             self.inputs.append(self.whole[run][1])
         self.whole[run][1][run.index(path)] = number
@@ -200,18 +200,19 @@ class _Joining:
         bias = self.whole[each.biases][0] if each.biases else None
         weight = self.whole[each.weights][0]
         x = self.copies[operands(node)[0]]
+        shapes = tuple(self._rows(path) for path in each.weights)
+        rows = sum(math.prod(shape) for shape in shapes)
         meets = next(iter(ends[0].users), None)
         if meets is not None and meets.target is _SWIGLU and meets.args == tuple(ends):
             product = add_call(self.graph, linear_rows, x, weight, bias)
-            product.meta.update(ends[0].meta)
+            product.meta.update(ends[0].meta, rows=rows)
             self.products[each] = product
             self.inside.update(ends)
             self.copies[meets] = add_call(self.graph, swiglu_halves, product)
             self.copies[meets].meta.update(meets.meta)
             return
-        shapes = tuple(self._rows(path) for path in each.weights)
         product = add_call(self.graph, linear_several, x, weight, bias, shapes)
-        product.meta.update(node.meta, type=tuple(end.meta["type"] for end in ends))
+        product.meta.update(node.meta, type=tuple(end.meta["type"] for end in ends), rows=rows)
         self.products[each] = product
         for at, end in enumerate(ends):
             self.copies[end] = add_call(self.graph, operator.getitem, product, at)
@@ -249,7 +250,12 @@ def linear_several(
     Returns:
         Per weight [..., *shape].
     """
-    parts = linear_rows(x, weight, bias).split([math.prod(shape) for shape in shapes], -1)
+    return parts_of_rows(linear_rows(x, weight, bias), shapes)
+
+
+def parts_of_rows(rows: Tensor, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+    """Graph target: what `linear_rows` gives, cut by weights, as `linear_several` gives it."""
+    parts = rows.split([math.prod(shape) for shape in shapes], -1)
     return tuple(
         part if len(shape) == 1 else part.unflatten(-1, shape)
         for part, shape in zip(parts, shapes, strict=True)

@@ -35,6 +35,7 @@ from megatree.recipes.config import (
     RematConfig,
     RunConfig,
     StorageConfig,
+    data_axes,
 )
 from megatree.runtime.lr_schedule import DecaySchedule, Steps
 from megatree.runtime.optimizers import (
@@ -87,7 +88,7 @@ def layout_of(
         context = context or ContextConfig()
         made = made.updated(lower={"attention": LOWERINGS[context.attention]})
         order = Zigzag() if context.zigzag else None
-    levels = storage.axes if storage else ((), (), ())
+    levels = (storage or StorageConfig()).axes(data_axes(rules, mesh))
     more = {
         "order": order,
         "storage": Storage(*(tuple(a for a in axes if a in mesh.sizes) for axes in levels)),

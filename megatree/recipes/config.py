@@ -228,6 +228,8 @@ class RunConfig:
         log: where it tells, besides metrics.jsonl.
         dtype: of parameters and products; see precision for gradients.
         compile: whether every program goes through torch.compile.
+        cuda_graphs: whether forward and backward are recorded at the third step and replayed: for
+            small models on one GPU, which waits for launches (`--profile` shows it as idle).
         deterministic: whether the same run gives the same bits; kernels that cannot are refused.
     """
 
@@ -247,6 +249,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     dtype: Dtype = "float32"
     compile: bool = False
+    cuda_graphs: bool = False
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -267,7 +270,9 @@ class RunConfig:
                 f"data.split: {self.data.split!r} holds nothing out, but train.eval_every is "
                 f"{self.train.eval_every}. Set data.split to 969,30,1, or train.eval_every to 0."
             )
-        for level, axes in zip(("params", "grads", "opt"), self.storage.axes, strict=True):
+        check_zero(self.storage, self.rules, self.mesh)
+        for level in ("params", "grads", "opt"):
+            axes = getattr(self.storage, level)
             known = (*self.mesh.sizes, "dp", "ep", "cp", "tp")
             if wrong := [axis for axis in axes if axis not in known]:
                 raise ValueError(
@@ -294,6 +299,29 @@ class RunConfig:
                 f"{self.mesh.cp}. Set model.seq_length to {-(-seq // chunks) * chunks}"
                 + (", or leave out context.zigzag." if seq % self.mesh.cp == 0 else ".")
             )
+
+
+def data_axes(rules: Mapping[str, tuple[str, ...]], mesh: MeshConfig) -> tuple[str, ...]:
+    """Return the mesh axes whose ranks take different tokens, in the mesh's order: those of several
+    ranks that cut the batch or the sequence.
+    """
+    cut_by = {*rules.get("batch", ()), *rules.get("seq", ())}
+    return tuple(axis for axis, size in mesh.sizes.items() if size > 1 and axis in cut_by)
+
+
+def check_zero(
+    storage: StorageConfig, rules: Mapping[str, tuple[str, ...]], mesh: MeshConfig
+) -> None:
+    """Refuse a `zero` that would cut nothing.
+
+    Raises:
+        ValueError: no ranks take different tokens.
+    """
+    if storage.zero and not data_axes(rules, mesh):
+        raise ValueError(
+            f"storage.zero: {storage.zero} cuts over ranks that take different tokens, and this "
+            f"mesh has none ({mesh}). Set storage.zero to 0, or mesh.dp to 2 or more."
+        )
 
 
 def check_rules(rules: Mapping[str, tuple[str, ...]], mesh: MeshConfig) -> None:

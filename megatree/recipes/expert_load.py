@@ -6,25 +6,32 @@ from typing import Any
 
 from torch import Tensor
 
+from megatree.functional.chain import Chain, Stack
 
-def expert_load(outs: Mapping[str, Tensor]) -> dict[str, Any]:
+
+def expert_load(outs: Mapping[str, Tensor], model: Chain) -> dict[str, Any]:
     """Return what a report says of a step's mixtures; nothing of a model without them.
 
     Loads are counted over all microbatches and data axes. `max_load` and `min_load` are those of
     the heaviest and of the lightest expert of any layer over the layer's mean, `entropy` the mean
     over layers of the load's entropy over log(experts), 1 if it is even, and `drops` the share of
     choices that were dropped. Under `layers` every mixture says the same of itself, with the
-    `tokens` that each expert took and those `dropped`.
+    `tokens` that each expert took and those `dropped`; its name is "blocks.moe.3", where 3 is its
+    number among all layers of the model, dense ones too, counted through all stacks.
 
     Args:
         outs: of a step (`Metrics.outs`).
+        model: whose step it is.
     """
+    stacks = [(name, s) for name, s in model.segments.items() if isinstance(s, Stack)]
+    units = [f"{name}.{kind}" for name, stack in stacks for kind in stack.pattern]
     layers: dict[str, dict[str, Any]] = {}
     for name, load in outs.items():
         unit, _, metric = name.rpartition(".")
         if metric == "load" and f"{unit}.drops" in outs:
             tokens, dropped = load.double().sum(0), outs[f"{unit}.drops"].double().sum(0)
-            for number, pair in enumerate(zip(tokens.tolist(), dropped.tolist(), strict=True)):
+            numbers = [number for number, other in enumerate(units) if other == unit]
+            for number, *pair in zip(numbers, tokens.tolist(), dropped.tolist(), strict=True):
                 layers[f"{unit}.{number}"] = _layer(*pair)
     if not layers:
         return {}

@@ -42,6 +42,7 @@ from megatree.recipes.config import OptimizerConfig, RunConfig, TrainConfig
 from megatree.recipes.megatron_state import to_extra
 from megatree.recipes.name_map import Row, declared, leaf_of, leaves_from, rows_of
 from megatree.recipes.saved import from_plain, load_config
+from megatree.runtime.refusals import refusal
 
 Format = Literal["megatree", "hf", "meta", "megatron", "torch_dist", "dcp", "orbax"]
 
@@ -137,7 +138,9 @@ def open_checkpoint(
     kind = kind or detect(path)
     try:
         opened = _OPEN[kind](path, like, weights_only)
-    except _DAMAGE as error:
+    except (ValueError, *_DAMAGE) as error:
+        if refusal(error) is not None:  # a ValueError of ours, which says what is wrong and where
+            raise
         raise ValueError(
             f"{path}: its files do not say what a checkpoint of {kind} says "
             f"({type(error).__name__}: {str(error)[:200]}). Take another copy, or name its format "
@@ -551,5 +554,6 @@ def model_like(path: str) -> GPTConfig:
     file = Path(path)
     plain = read_json(file)
     if "model_type" in plain:
+        _refuse_no_numbers(plain, hugging_face.family_of(plain, path).keys, file)
         return hugging_face.to_gpt_config(plain, path)
     return load_config(file).model

@@ -130,7 +130,7 @@ class Job:
                 loop,
                 data=self.data.train,
                 lr=schedule_of(cfg),
-                measure=expert_load,
+                measure=partial(expert_load, model=step.program.model),
                 world=self.world,
                 valid=valid if cfg.train.eval_every else None,
                 extra={
@@ -196,6 +196,8 @@ def _open_job(
         rules=rules_of(cfg, model),
         precision=replace(precision_of(cfg), skip_nonfinite=cfg.health.nonfinite == "skip"),
         transform=partial(torch.compile, dynamic=False) if cfg.compile else _as_it_is,
+        graphs=cfg.cuda_graphs,
+        program=program,
     )
     source = path or weights
     changed = world.broadcast(world.on_first(lambda: _check_model(source, cfg)))

@@ -209,17 +209,20 @@ class PrecisionConfig:
             )
 
 
+Zero = Literal[0, 1, 2, 3]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StorageConfig:
     """Mesh axes that cut weights, gradients and optimizer state between uses.
 
     Args:
-        zero: 1 cuts the optimizer's state over dp, 2 gradients too, 3 weights too; 0 goes by the
-            axes below.
+        zero: 1 cuts the optimizer's state over all ranks that take different tokens (dp, ep and
+            cp), 2 gradients too, 3 weights too; 0 goes by the axes below.
         params, grads, opt: mesh axes; each begins with those before.
     """
 
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: Zero = 0
     params: tuple[str, ...] = ()
     grads: tuple[str, ...] = ()
     opt: tuple[str, ...] = ()
@@ -227,16 +230,21 @@ class StorageConfig:
     def __post_init__(self) -> None:
         if self.zero and (self.params or self.grads or self.opt):
             raise ValueError(
-                f"storage.zero: {self.zero} says what is cut over dp, and axes are given too. Set "
-                "storage.zero to 0, or leave the axes out."
+                f"storage.zero: {self.zero} says what is cut over dp, ep and cp, and axes are "
+                "given too. Set storage.zero to 0, or leave the axes out."
             )
 
-    @property
-    def axes(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """The mesh axes of weights, gradients and optimizer state."""
+    def axes(
+        self, data: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """Return the mesh axes of weights, gradients and optimizer state.
+
+        Args:
+            data: mesh axes over which `zero` cuts (see `data_axes`).
+        """
         if not self.zero:
             return self.params, self.grads, self.opt
-        return tuple(("dp",) if self.zero >= least else () for least in (3, 2, 1))  # type: ignore[return-value]
+        return tuple(data if self.zero >= least else () for least in (3, 2, 1))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True)

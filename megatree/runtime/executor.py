@@ -1,6 +1,6 @@
 """Run a schedule on one rank: forwards, backwards and messages in one global order."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +11,6 @@ from torch import Tensor
 from megatree.parallel.layout import PIPELINE
 from megatree.parallel.model import ModelProgram
 from megatree.parallel.schedule import Action, Event, Recv, Schedule, Send, rank_programs, validate
-from megatree.parallel.split import weight_gradient
 from megatree.runtime.forward import BoundModel, Deferred, TermKey
 from megatree.runtime.leaves import Leaves
 from megatree.runtime.stages import Stage, stages_of
@@ -59,7 +58,7 @@ class Executor:
         consts: Sequence[Mapping[str, Tensor]],
         weights: Mapping[TermKey, Tensor],
         *,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
     ) -> list[Outputs]:
         """Run all microbatches forward and backward; gradients go into the leaves' buffers.
 
@@ -140,7 +139,7 @@ class _Step:
         executor: Executor,
         consts: Sequence[Mapping[str, Tensor]],
         weights: Mapping[TermKey, Tensor],
-        scale: float,
+        scale: float | Tensor,
         *,
         defer: bool,
     ) -> None:
@@ -181,6 +180,7 @@ class _Step:
             defer=self.defer,
             keep=self.leaves.keep,
             again=self.leaves.again,
+            add_product=self.leaves.add_product,
         )
         outputs = self.outputs[microbatch]
         outputs.metrics.update(out.metrics)
@@ -221,7 +221,7 @@ class _Step:
         self, action: Action, live: _Live, flowing: list[Tensor], seeds: list[Tensor]
     ) -> list[Tensor | None]:
         """Run a backward that leaves products' weights for `weights_of`; return the carry's."""
-        deferred = {product.weight for product in live.deferred}
+        deferred = {key for product in live.deferred for key in product.weights}
         entries = [(name, index) for name, index, _ in self.stages[action.stage].entries]
         others = self.leaves.inputs(entries, without=deferred)
         slots = [slot for product in live.deferred for slot in product.slots]
@@ -245,14 +245,16 @@ class _Step:
     @torch.no_grad()
     def weights_of(self, action: Action) -> None:
         """Compute the weight gradients that a backward left, and add them."""
-        totals: dict[tuple[str, int | None], Tensor] = {}
+        items = self.queued.pop(action)
+        left = Counter(key for item, _, _ in items for key in item.weights)
         entries: dict[tuple[str, int | None], set[tuple[str, int | None]]] = {}
-        for item, x, g in self.queued.pop(action):
-            grad = weight_gradient(item.product, x, g)
-            totals[item.weight] = totals[item.weight] + grad if item.weight in totals else grad
-            entries.setdefault(item.weight, set()).add(item.entry)
-        for key, grad in totals.items():
-            self.leaves.add(key, grad, arrivals=len(entries[key]))
+        for item, x, g in items:
+            arrivals = []
+            for key in item.weights:
+                left[key] -= 1
+                entries.setdefault(key, set()).add(item.entry)
+                arrivals.append(0 if left[key] else len(entries[key]))
+            self.leaves.add_product(item.weights, item.product, x, g, arrivals=arrivals)
 
     def send(self, event: Send) -> None:
         channel = self.channels.setdefault(event.to_rank, _Channel())

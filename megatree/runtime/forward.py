@@ -1,17 +1,18 @@
 """Run a lowered model on one rank: the fold of the carry over bound programs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
 
 from megatree.functional.tree import leaves_of
 from megatree.parallel.again import Again, Keep
+from megatree.parallel.biases import with_biases
 from megatree.parallel.codegen import generate
 from megatree.parallel.comm import Axes, OneDevice, RankComm
 from megatree.parallel.layout import PIPELINE, Layout
@@ -20,7 +21,6 @@ from megatree.parallel.pieces import Pieces
 from megatree.parallel.remat import Entry
 from megatree.parallel.siblings import Siblings, join_siblings
 from megatree.parallel.split import DeferredWeight, split_backward
-from megatree.parallel.types import ShardType
 from megatree.runtime.offload import Offload, Transfers
 from megatree.runtime.outputs import metric_axes
 
@@ -56,12 +56,49 @@ class Forward:
 
 @dataclass(frozen=True)
 class Deferred:
-    """A product of a forward run: its weight and entry, and the slots that its backward fills."""
+    """A product of a forward run: its weights and entry, and the slots that its backward fills."""
 
-    weight: tuple[str, int | None]
+    weights: tuple[tuple[str, int | None], ...]
     entry: tuple[str, int | None]
     product: DeferredWeight
     slots: tuple[Tensor, Tensor]
+
+
+AddProduct = Callable[[Sequence[tuple[str, int | None]], DeferredWeight, Tensor, Tensor], None]
+"""(weights, product, x, cotangent) -> None: adds the gradients of a product's weights."""
+
+
+class _Split(NamedTuple):
+    """A unit whose products hand out what their weights' gradients are made of.
+
+    Args:
+        run: its program; it takes two slots per product beside all else.
+        products: those.
+        weights: which of the unit's leaves they multiply: nothing flows back to these.
+    """
+
+    run: Callable[..., Any]
+    products: tuple[DeferredWeight, ...]
+    weights: frozenset[int]
+
+
+class _Slots(torch.autograd.Function):
+    """The slots of a product whose weight gradient is added as soon as both have theirs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, deferred: Deferred, add_product: AddProduct
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.deferred, ctx.add_product = deferred, add_product
+        return tuple(slot.detach() for slot in deferred.slots)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        x, g = grads
+        if x is not None and g is not None:
+            ctx.add_product(ctx.deferred.weights, ctx.deferred.product, x, g)
+        return None, None, None
 
 
 def needed_axes(program: ModelProgram) -> list[Axes]:
@@ -105,6 +142,7 @@ class BoundModel:
         *,
         transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
         siblings: Mapping[str, Sequence[Siblings]] = MappingProxyType({}),
+        added: Collection[str] = frozenset(),
     ) -> None:
         """Bind a model.
 
@@ -114,19 +152,21 @@ class BoundModel:
             transform: applied to every bound program (torch.compile, say).
             siblings: unit -> weights that lie side by side and are multiplied as one (see
                 `side_by_side`).
+            added: leaves whose gradients products add by themselves (see `added_by_products`).
         """
         comm.prepare(needed_axes(program))
         self.program, self.comm, self._transform = program, comm, transform
         self._consts = program.consts.bind(comm)
+        self._added = added
+        self._token = torch.zeros((), device=comm.device, requires_grad=True)
         self._remat = program.layout.remat
         self._layers_of = {name for name, index, _ in program.order if index is not None}
         self._joined = {
             name: join_siblings(u.program, siblings.get(name, ()))
             for name, u in program.units.items()
         }
-        self._units = {
-            name: self._bind(name, joined.graph) for name, joined in self._joined.items()
-        }
+        self._graphs = {name: with_biases(joined.graph) for name, joined in self._joined.items()}
+        self._units = {name: self._bind(name, graph) for name, graph in self._graphs.items()}
         self._weights = {
             name: generate(u.weights, comm)
             for name, u in program.units.items()
@@ -143,15 +183,59 @@ class BoundModel:
             for name, u in program.units.items()
         }
         self._deferred: dict[tuple[str, int | None], list[Deferred]] = {}
+        self._adding: dict[tuple[str, int | None], list[Deferred]] = {}
 
     @cached_property
-    def _split_units(self) -> dict[str, tuple[Callable[..., Any], tuple[DeferredWeight, ...]]]:
+    def _split_units(self) -> dict[str, _Split]:
         """The units with deferred weight gradients."""
+        sizes = self.program.layout.sizes
+        deferred: dict[str, set[str]] = {}
+        for name, unit in self.program.units.items():
+            found = split_backward(self._graphs[name], sizes)[1]
+            paths = {path for product in found for path in product.paths}
+            deferred[name] = {unit.leaves[path.removeprefix("w.")] for path in paths}
+        # A leaf that a stage also uses otherwise (a tied table) has its gradient from autograd.
+        mixed: set[str] = set()
+        for stage in range(len(self.program.stage_rank)):
+            units = {name for name, _, _ in self.program.entries(stage)}
+            some = {path for name in units for path in deferred[name]}
+            mixed |= {
+                path
+                for name in units
+                for path in self.program.units[name].leaves.values()
+                if path in some and path not in deferred[name]
+            }
+
+        def wanted(name: str, product: DeferredWeight) -> bool:
+            leaves = self.program.units[name].leaves
+            return all(leaves[path.removeprefix("w.")] not in mixed for path in product.paths)
+
+        return {name: self._split(name, partial(wanted, name)) for name in self._joined}
+
+    @cached_property
+    def _adding_units(self) -> dict[str, _Split]:
+        """The units with products that add the gradients of their weights by themselves."""
         out = {}
         for name, unit in self.program.units.items():
-            graph, deferred = split_backward(unit.program)
-            out[name] = (self._bind(name, graph), deferred)
+            added = {f"w.{local}" for local, path in unit.leaves.items() if path in self._added}
+
+            def wanted(product: DeferredWeight, added: set[str] = added) -> bool:
+                # What is no product of matrices, or one of several, goes autograd's way: its
+                # gradient is right, but rounded to the dtype of the leaf.
+                fits = product.alone and product.letters.matrix() is not None
+                return fits and added.issuperset(product.paths)
+
+            if added and (split := self._split(name, wanted)).products:
+                out[name] = split
         return out
+
+    def _split(self, name: str, wanted: Callable[[DeferredWeight], bool]) -> _Split:
+        sizes = self.program.layout.sizes
+        graph, products = split_backward(self._graphs[name], sizes, wanted=wanted)
+        paths = {path for product in products for path in product.paths}
+        leaves = enumerate(self.program.units[name].leaves)
+        weights = frozenset(at for at, local in leaves if f"w.{local}" in paths)
+        return _Split(self._bind(name, graph), products, weights)
 
     def _bind(self, name: str, graph: fx.Graph) -> Callable[..., Any]:
         """Bind the graph of a unit; that of a layer in pieces if some of it runs again."""
@@ -169,27 +253,37 @@ class BoundModel:
         All microbatches share them: a slot holds nothing, and a backward sees its own graph only.
         """
         if (name, index) not in self._deferred:
-            self._deferred[name, index] = self._make_slots(name, index)
+            products = self._split_units[name].products
+            self._deferred[name, index] = self._make_slots(products, name, index)
         return self._deferred[name, index]
 
-    def _make_slots(self, name: str, index: int | None) -> list[Deferred]:
-        sizes, leaves = self.program.layout.sizes, self.program.units[name].leaves
+    def _adding_slots(self, name: str, index: int | None) -> list[Deferred]:
+        """Return the products of an entry that add by themselves, with their slots."""
+        if (name, index) not in self._adding:
+            products = self._adding_units[name].products
+            self._adding[name, index] = self._make_slots(products, name, index)
+        return self._adding[name, index]
 
-        def slot(ty: ShardType) -> Tensor:
-            zero = torch.zeros((), dtype=ty.dtype, device=self.comm.device)
-            return zero.expand(ty.local_shape(sizes)).requires_grad_()
+    def _make_slots(
+        self, products: Sequence[DeferredWeight], name: str, index: int | None
+    ) -> list[Deferred]:
+        leaves = self.program.units[name].leaves
+
+        def slot(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            zero = torch.zeros((), dtype=dtype, device=self.comm.device)
+            return zero.expand(shape).requires_grad_()
 
         def weight(path: str) -> tuple[str, int | None]:
             return path, index if path.startswith(f"{name}.") else None
 
         return [
             Deferred(
-                weight(leaves[product.path.removeprefix("w.")]),
+                tuple(weight(leaves[path.removeprefix("w.")]) for path in product.paths),
                 (name, index),
                 product,
-                (slot(product.x), slot(product.y)),
+                (slot(product.x, product.dtype), slot(product.y, product.dtype)),
             )
-            for product in self._split_units[name][1]
+            for product in products
         ]
 
     def consts(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -273,6 +367,7 @@ class BoundModel:
         defer: bool = False,
         keep: Keep | None = None,
         again: Callable[[Sequence[tuple[str, int | None]]], Leaves] | None = None,
+        add_product: AddProduct | None = None,
     ) -> Forward:
         """Fold the carry over entries of the program's order; records gradients if leaves ask.
 
@@ -285,10 +380,11 @@ class BoundModel:
             keep: how tensors wait for the backward; None: as autograd keeps them.
             again: (unit, index) of entries that run again, to their parameters then; None: as
                 in `leaves`.
+            add_product: takes gradients that products add by themselves; None: none do.
         """
         found = Forward((), {}, {}, [])
         if not torch.is_grad_enabled():
-            carry = self._fold(entries, found, leaves, consts, defer, None, *carry)
+            carry = self._fold(entries, found, leaves, consts, False, None, None, *carry)
             return replace(found, carry=carry)
         stays = [*carry]  # the caller holds it
         before: Offload | None = None
@@ -300,7 +396,7 @@ class BoundModel:
             if twice:
                 names = [(name, index) for name, index, _ in group]
                 call = Again(
-                    partial(fold, found, leaves, consts, defer, None),
+                    partial(fold, found, leaves, consts, defer, add_product, None),
                     keep=waits or Keep(),
                     keep_made=keep or Keep(),
                     second=partial(
@@ -309,12 +405,13 @@ class BoundModel:
                         leaves if again is None else again(names),
                         consts,
                         defer,
+                        add_product,
                         None,
                     ),
                 )
                 carry = call(*carry)
             else:
-                carry = fold(found, leaves, consts, defer, waits, *carry)
+                carry = fold(found, leaves, consts, defer, add_product, waits, *carry)
         return replace(found, carry=carry)
 
     def _fold(
@@ -324,6 +421,7 @@ class BoundModel:
         leaves: Leaves,
         consts: Mapping[str, Tensor],
         defer: bool,
+        add_product: AddProduct | None,
         keep: Keep | None,
         *carry: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -331,17 +429,24 @@ class BoundModel:
         for name, index, number in entries:
             unit = self.program.units[name]
             w, rest = leaves[name, index], self._consts_for(name, consts, number)
-            if not defer:
-                w = self._joined[name](w)
+            split: _Split | None = None
+            slots: list[Tensor] = []
+            if defer:
+                split, mine = self._split_units[name], self._slots(name, index)
+                found.deferred.extend(mine)
+                slots = [slot for product in mine for slot in product.slots]
+            elif add_product is not None and name in self._adding_units:
+                split = self._adding_units[name]
+                for product in self._adding_slots(name, index):
+                    slots += _Slots.apply(self._token, product, add_product)
+            run = self._units[name]
+            if split is not None:
+                run = split.run
+                w = [x.detach() if at in split.weights else x for at, x in enumerate(w)]
+            w = self._joined[name](w)
             if isinstance(keep, Offload):
                 keep.leave(*w, *rest)
-            inputs = (*w, *carry, *rest)
-            run = self._units[name]
-            if defer:
-                mine = self._slots(name, index)
-                found.deferred.extend(mine)
-                inputs += tuple(slot for product in mine for slot in product.slots)
-                run = self._split_units[name][0]
+            inputs = (*w, *carry, *rest, *slots)
             if isinstance(run, Pieces):
                 out = run(*inputs, keep=keep)
             else:

@@ -17,7 +17,7 @@ from megatree.parallel.precision import Precision
 from megatree.parallel.siblings import side_by_side
 from megatree.runtime.executor import Executor
 from megatree.runtime.forward import BoundModel, TermKey, one_device
-from megatree.runtime.leaves import Leaves, count_uses, held_groups
+from megatree.runtime.leaves import Leaves, added_by_products, count_uses, held_groups
 from megatree.runtime.outputs import whole_metrics
 from megatree.runtime.stages import run_stages
 from megatree.runtime.sums import GradientSums
@@ -45,7 +45,11 @@ class Gradients:
     precision: Precision
 
     def __call__(
-        self, microbatches: Sequence[Mapping[str, Tensor]], *, scale: float = 1.0, look: bool = True
+        self,
+        microbatches: Sequence[Mapping[str, Tensor]],
+        *,
+        scale: float | Tensor = 1.0,
+        look: bool = True,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Compute the terms of the loss and, into `sums`, the gradient of their sum.
 
@@ -206,7 +210,8 @@ def make_gradients(
     rank = comm.coords.get(PIPELINE, 0)
     groups = groups or pack(program, stage_rank=rank)
     siblings = side_by_side(program, groups)
-    bound = BoundModel(program, comm, transform=transform, siblings=siblings)
+    added = added_by_products(program, groups, precision)
+    bound = BoundModel(program, comm, transform=transform, siblings=siblings, added=added)
     everywhere = [
         group
         for other in range(program.layout.num_stage_ranks)  # every rank makes every set of ranks

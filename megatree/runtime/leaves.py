@@ -1,5 +1,6 @@
 """Parameters as autograd sees them: leaves over flat buffers, or rows gathered for each use."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from megatree.parallel.comm import RankComm
 from megatree.parallel.layout import PIPELINE
 from megatree.parallel.model import ModelProgram
 from megatree.parallel.packing import Group, Leaf
+from megatree.parallel.precision import Precision
+from megatree.parallel.split import DeferredWeight, weight_gradient
 from megatree.runtime.sums import GradientSums
 from megatree.runtime.weights import Bucket, Wait, Weights
 
@@ -161,11 +164,44 @@ class Leaves:
         Args:
             key: the parameter.
             grad: of the local whole leaf.
-            arrivals: of how many entries it is the sum.
+            arrivals: of how many entries it completes the sum; 0 if more is to come.
         """
         place = self._places[key]
-        arrivals = arrivals if key not in self._resident else 1
-        self.sums.add(place.bucket, place.leaf, grad, arrivals=arrivals)
+        self.sums.add(place.bucket, place.leaf, grad, arrivals=self._arrivals(key, arrivals))
+
+    def add_product(
+        self,
+        keys: Sequence[Key],
+        product: DeferredWeight,
+        x: Tensor,
+        g: Tensor,
+        *,
+        arrivals: Sequence[int] | None = None,
+    ) -> None:
+        """Add the gradients of the weights of a product.
+
+        Args:
+            keys: the weights; several lie side by side.
+            product: what it is.
+            x: its other operand.
+            g: the cotangent of its result.
+            arrivals: of how many entries it completes each weight's sum; None for one each.
+        """
+        arrivals = [1] * len(keys) if arrivals is None else arrivals
+        arrived = [self._arrivals(key, n) for key, n in zip(keys, arrivals, strict=True)]
+        places = [self._places[key] for key in keys]
+        factors = product.factors(x, g)
+        if factors is None:
+            (place,) = places
+            grad = weight_gradient(product, x, g)
+            self.sums.add(place.bucket, place.leaf, grad, arrivals=arrived[0])
+            return
+        leaves = [place.leaf for place in places]
+        self.sums.add_product(places[0].bucket, leaves, *factors, arrivals=sum(arrived))
+
+    def _arrivals(self, key: Key, entries: int) -> int:
+        """Return how many arrivals the sum over so many entries is (see `count_uses`)."""
+        return min(entries, 1) if key in self._resident else entries
 
     def begin(self, num_microbatches: int) -> None:
         """Start a step."""
@@ -325,6 +361,26 @@ def count_uses(program: ModelProgram, comm: RankComm, groups: Sequence[Group]) -
         for group in groups
         for row in range(group.num_rows)
     }
+
+
+def added_by_products(
+    program: ModelProgram, groups: Sequence[Group], precision: Precision
+) -> frozenset[str]:
+    """Return the leaves whose gradients products add by themselves, where products make them.
+
+    Those are added up in a dtype wider than their own, and belong to one entry each: of a leaf
+    that several entries use autograd makes one gradient per stage, and that is what is counted.
+    """
+    entries = [(name, index) for name, index, _ in program.order]
+    uses = Counter(key for entry in entries for key in keys_of(program, entry))
+    shared = {path for (path, _), count in uses.items() if count > 1}
+    return frozenset(
+        leaf.path
+        for group in groups
+        if group.trained and precision.widens(group.dtype)
+        for leaf in group.leaves
+        if leaf.path not in shared
+    )
 
 
 def held_groups(groups: Sequence[Group]) -> list[tuple[int, ...]]:

@@ -22,7 +22,7 @@ def global_norm(groups: tuple[Group, ...], grads: Mapping[str, Tensor], comm: Ra
     """
     total = torch.zeros((), dtype=torch.float64, device=comm.device)
     for group in groups:
-        norm = torch.linalg.vector_norm(grads[group.name], dtype=_wide(grads[group.name])).double()
+        norm = _norm(grads[group.name])
         copies = group.copies // group.num_parts("opt") * max(1, len(group.holders))
         total = total + norm * norm / copies
     axes = tuple(comm.sizes)
@@ -34,5 +34,19 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+_PART = 4096
+"""Elements whose squares are added in float32."""
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Return the L2 norm of a buffer in float64, the same to 1e-6 however it is cut.
+
+    A CPU adds one after another: over 1e7 elements in float32 it loses 4e-4. A GPU adds in a tree.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.is_cuda:
+        return torch.linalg.vector_norm(x, dtype=wide).double()
+    whole = x.shape[-1] // _PART * _PART
+    parts = [x[..., :whole].unflatten(-1, (-1, _PART)), x[..., whole:]]
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=wide) for part in parts]
+    return torch.cat([norm.double().flatten() for norm in norms]).norm()

@@ -22,6 +22,7 @@ from megatree.parallel.precision import Precision
 from megatree.parallel.siblings import side_by_side
 from megatree.runtime.forward import BoundModel, one_device
 from megatree.runtime.gradients import Gradients, make_gradients
+from megatree.runtime.graphs import GraphedGradients, check_graphs
 from megatree.runtime.norm import clip_factor, global_norm
 from megatree.runtime.optimizers import (
     GroupRule,
@@ -130,6 +131,7 @@ class TrainStep:
     max_norm: float | None
     seed: int
     max_value: float | None = None
+    graphed: GraphedGradients | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -280,7 +282,8 @@ class TrainStep:
         """
         precision = self.gradients.precision
         loss_scale = 1.0 if state.scale is None else state.scale.scale
-        terms, weights, outs = self.gradients(
+        compute = self.gradients if self.graphed is None else self.graphed
+        terms, weights, outs = compute(
             self.with_keys(microbatches, state.step), scale=loss_scale, look=not ahead
         )
         grads = self._main(self.gradients.sums.shards())
@@ -445,6 +448,8 @@ def train_step(
     rules: Callable[[str, int], LeafRule] = decay_matrices,
     precision: Precision = Precision(),  # noqa: B008 (frozen)
     transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
+    graphs: bool = False,
+    program: ModelProgram | None = None,
 ) -> TrainStep:
     """Lower a model and bind its training step to this rank.
 
@@ -459,19 +464,27 @@ def train_step(
         rules: (path, number of dims) -> the leaf's multipliers, see `by_path`.
         precision: what is stored in which dtype.
         transform: applied to every bound program (torch.compile, say).
+        graphs: record forward and backward as a CUDA graph (see `GraphedGradients`).
+        program: the model as lowered for the layout, if the caller has it.
 
     Returns:
         The step.
 
     Raises:
         ShardingError: the model cannot be typed under this layout.
+        ValueError: a graph cannot hold a step of this layout.
     """
-    program = lower_model(model, layout)
+    program = program or lower_model(model, layout)
     comm = comm or one_device(layout)
     groups = pack(program, rule=rules, stage_rank=comm.coords.get(PIPELINE, 0))
-    gradients = make_gradients(
-        program, comm, groups=groups, precision=precision, transform=transform
+    make = partial(
+        make_gradients, program, comm, groups=groups, precision=precision, transform=transform
     )
+    graphed = None
+    if graphs:
+        check_graphs(layout, comm)
+        graphed = GraphedGradients(make, comm.device)
+    gradients = make() if graphed is None else graphed.gradients
     evaluation = gradients.bound
     if (form := model.for_evaluation()) is not model:
         evaluation = BoundModel(
@@ -480,7 +493,7 @@ def train_step(
             transform=transform,
             siblings=side_by_side(program, groups),
         )
-    return TrainStep(program, gradients, evaluation, optimizer, max_norm, seed, max_value)
+    return TrainStep(program, gradients, evaluation, optimizer, max_norm, seed, max_value, graphed)
 
 
 def group_rule(group: Group, program: ModelProgram, comm: RankComm) -> GroupRule:

@@ -1,7 +1,8 @@
 """Gradients on their way into storage: added up over microbatches, reduced row by row."""
 
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from megatree.parallel.layout import PIPELINE
 from megatree.parallel.packing import Group, Leaf
 from megatree.parallel.precision import Precision
 from megatree.runtime.weights import Bucket
+
+_SMALL = 1 << 16
+"""Elements of a gradient up to which a launch costs more than the copy: a GPT-2 block has ten."""
 
 
 class GradientSums:
@@ -43,6 +47,7 @@ class GradientSums:
         self._left: dict[Bucket, int] = {}
         self._reached: dict[Bucket, set[str]] = {}
         self._growing: dict[Bucket, Tensor] = {}
+        self._small: dict[Bucket, list[tuple[Tensor, Tensor]]] = {}
         self._waits: deque[Callable[[], object]] = deque()
 
     def begin(self, num_microbatches: int) -> None:
@@ -59,28 +64,92 @@ class GradientSums:
 
     def target(self, bucket: Bucket, leaf: Leaf) -> Tensor:
         """Return where a leaf's gradient is added, in the shape of `Group.unflattened`."""
+        return self.by_name[bucket[0]].packed(self._row(bucket), leaf)
+
+    def _row(self, bucket: Bucket) -> Tensor:
+        """Return the packed row to which gradients are added."""
         group = self.by_name[bucket[0]]
         if group.num_parts("grads") == 1:
-            return group.packed(self.stored[group.name][bucket[1]], leaf)
+            return self.stored[group.name][bucket[1]]
         if bucket not in self._growing:
             like = self.stored[group.name]
             self._growing[bucket] = like.new_zeros(group.row_size)
-        return group.packed(self._growing[bucket], leaf)
+        return self._growing[bucket]
 
     def add(self, bucket: Bucket, leaf: Leaf, grad: Tensor, *, arrivals: int = 1) -> None:
         """Add a leaf's gradient, which makes up so many of the row's arrivals."""
-        group = self.by_name[bucket[0]]
-        target = self.target(bucket, leaf)
-        if group.num_parts("grads") > 1 or leaf.path in self._reached[bucket]:
-            target.add_(group.unflattened(grad, leaf))
+        target, value = self.target(bucket, leaf), self.by_name[bucket[0]].unflattened(grad, leaf)
+        if not self._is_first(bucket, leaf):
+            self._write(bucket)
+            target.add_(value)
+        elif value.numel() > _SMALL or value.dtype != target.dtype:
+            _copy(target, value)
         else:
-            self._reached[bucket].add(leaf.path)
-            _copy(target, group.unflattened(grad, leaf))
+            self._small.setdefault(bucket, []).append((target, value))
+        self._arrived(bucket, arrivals)
+
+    def add_product(
+        self,
+        bucket: Bucket,
+        leaves: Sequence[Leaf],
+        left: Tensor,
+        right: Tensor,
+        *,
+        arrivals: int | None = None,
+    ) -> None:
+        """Add `left.T @ right`, the gradient of leaves that are the rows of one matrix; the product
+        itself adds, so nothing is rounded on the way.
+
+        Args:
+            bucket: where the leaves are, side by side.
+            leaves: in the order of the rows.
+            left: [tokens, rows].
+            right: [tokens, columns].
+            arrivals: what it makes up of the row's arrivals; None for one per leaf.
+        """
+        whole = self.by_name[bucket[0]].num_parts("opt") == 1
+        if whole and len({leaf.path in self._reached[bucket] for leaf in leaves}) == 1:
+            row = self._row(bucket)[leaves[0].start : leaves[-1].start + leaves[-1].size]
+            target = row.view(left.shape[1], right.shape[1])
+            fresh = [self._is_first(bucket, leaf) for leaf in leaves]
+            add_matrix_product(target, left, right, fresh=fresh[0])
+        else:
+            # Storage cuts each leaf by itself: part after part a piece of every one.
+            heights = [leaf.size // right.shape[1] for leaf in leaves]
+            for leaf, rows in zip(leaves, left.split(heights, 1), strict=True):
+                target, factors = self.target(bucket, leaf), (rows, right)
+                if whole:
+                    target = target.view(rows.shape[1], right.shape[1])
+                else:
+                    target, *factors = _in_parts(target, leaf, *factors)
+                add_matrix_product(target, *factors, fresh=self._is_first(bucket, leaf))
+        self._arrived(bucket, len(leaves) if arrivals is None else arrivals)
+
+    def _write(self, bucket: Bucket) -> None:
+        """Copy the small gradients of a row that have come, with one launch."""
+        if pairs := self._small.pop(bucket, []):
+            targets, values = zip(*pairs, strict=True)
+            torch._foreach_copy_(targets, values)
+
+    def _is_first(self, bucket: Bucket, leaf: Leaf) -> bool:
+        """Whether what comes for a leaf replaces what is there; what comes later is added."""
+        if self.by_name[bucket[0]].num_parts("grads") > 1 or leaf.path in self._reached[bucket]:
+            return False
+        self._reached[bucket].add(leaf.path)
+        return True
+
+    def _arrived(self, bucket: Bucket, arrivals: int) -> None:
+        """Count gradients of a row, and start its reduction after the last."""
+        if len(self._reached[bucket]) == len(self.by_name[bucket[0]].leaves):
+            self._write(bucket)
+        if not arrivals:
+            return
         self._left[bucket] -= arrivals
-        if group.num_parts("grads") > 1:
+        if self.by_name[bucket[0]].num_parts("grads") > 1:
             if self._left[bucket] % self.uses[bucket] == 0:
                 self._scatter(bucket)
         elif self._left[bucket] == 0:
+            self._write(bucket)
             self._sum(bucket)
 
     def _sum(self, bucket: Bucket) -> None:
@@ -96,7 +165,8 @@ class GradientSums:
         self._waits.append(lambda: part.copy_(wait()))
 
     def _clear(self, bucket: Bucket) -> None:
-        """Zero what no gradient has reached in a row that is stored whole."""
+        """Write what has come of a row that is stored whole, and zero what no gradient reached."""
+        self._write(bucket)
         for leaf in self.by_name[bucket[0]].leaves:
             if leaf.path not in self._reached[bucket]:
                 self.target(bucket, leaf).zero_()
@@ -189,3 +259,66 @@ def _copy(target: Tensor, value: Tensor) -> None:
         torch.mul(value, 1.0, out=target)
     else:
         target.copy_(value)
+
+
+def _in_parts(
+    target: Tensor, leaf: Leaf, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a leaf's packed place, and the factors of its gradient, as so many matrices as parts.
+
+    Args:
+        target: as `Group.packed` gives it.
+        leaf: whose rows are those of `left`, and columns those of `right`.
+        left, right: as in `GradientSums.add_product`.
+    """
+    parts = target.shape[leaf.dim]
+    before = math.prod(leaf.shape[: leaf.dim])  # elements of the dims outside the one that is cut
+    rows, columns = left.shape[1], right.shape[1]
+    if before < rows:
+        rows //= parts
+        left = _parts_of(left, before, parts)
+    else:
+        columns //= parts
+        right = _parts_of(right, before // left.shape[1], parts)
+    return target.movedim(leaf.dim, 0).view(parts, rows, columns), left, right
+
+
+def _parts_of(x: Tensor, before: int, parts: int) -> Tensor:
+    """Cut the columns of [tokens, columns], dims of which the one after `before` elements falls
+    into parts: [parts, tokens, columns of a part].
+    """
+    pieces = x.unflatten(1, (before, parts, -1))
+    return pieces.movedim(2, 0).reshape(parts, x.shape[0], -1)
+
+
+def add_matrix_product(target: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
+    """Add `left.T @ right` to `target`, in its dtype, in place.
+
+    On a GPU the product of bfloat16 or float16 factors adds its float32 sums as it writes them;
+    elsewhere the factors are widened first, which gives the same numbers.
+
+    Args:
+        target: [rows, columns], or several such.
+        left: [tokens, rows], or as many, or one for all.
+        right: [tokens, columns], or as many, or one for all.
+        fresh: whether to replace what is there.
+    """
+    several = target.dim() == 3
+    if torch.promote_types(left.dtype, target.dtype) != target.dtype:
+        value = left.mT @ right
+        target.copy_(value) if fresh else target.add_(value)
+        return
+    if left.dtype == target.dtype or not (target.is_cuda and target.dtype == torch.float32):
+        left, right = left.to(target.dtype), right.to(target.dtype)
+        add = torch.Tensor.baddbmm_ if several else torch.Tensor.addmm_
+        add(target, *_as_many(target, left, right), beta=0 if fresh else 1)
+        return
+    op = torch.ops.aten.baddbmm if several else torch.ops.aten.addmm
+    factors = _as_many(target, left, right)
+    op.dtype_out(target, *factors, target.dtype, beta=0 if fresh else 1, out=target)
+
+
+def _as_many(target: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors as a product wants them: the left one transposed, as many as results."""
+    many = target.shape[:-2]
+    return left.mT.expand(*many, -1, -1), right.expand(*many, -1, -1)

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import results
-from benchmarks.results import README, gpu_table, read, with_tables
+from benchmarks.results import (
+    MULTI_GPU_KEYS,
+    README,
+    gpu_table,
+    multi_gpu_table,
+    read,
+    with_tables,
+)
 
 
 def test_the_readme_has_the_table_of_the_results() -> None:
@@ -29,3 +36,40 @@ def test_the_last_result_of_a_row_counts(tmp_path: Path, monkeypatch: pytest.Mon
     assert lines[-1] == "a card, torch 2.11, 2026-01-01; commit abc."
     with pytest.raises(ValueError, match="has no <!-- gpu results -->"):
         with_tables("a README without marks")
+
+
+def test_several_gpus_are_a_line_and_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of CPUs and failed runs make no table; there is none without rows."""
+    facts = {"card": "a card", "torch": "2.11", "date": "2026-01-01", "commit": "abc"}
+    exact = {
+        "part": "exactness", "model": "small", "layout": "dp", "ranks": 8, "loss": 1e-8,
+        "grads": 2e-6, "wrong": "", **facts,
+    }  # fmt: skip
+    scaling = {
+        "part": "scaling", "model": "m", "layout": "FSDP", "ranks": 8, "mesh": "dp=8 tp=1",
+        "layers": 4, "tokens_per_s_per_rank": 1234.5, "mfu": 0.5, "peak_bytes": 2**31,
+        "efficiency": 0.97, "time_of_plan": 1.05, "memory_of_plan": 0.9, "published": "theirs",
+        "published_mfu": 0.47, **facts,
+    }  # fmt: skip
+    overlap = {
+        "part": "overlap", "model": "m", "layout": "FSDP", "ranks": 8,
+        "collectives": {"all": {"hidden_ms": 9.0, "exposed_ms": 1.0}}, **facts,
+    }  # fmt: skip
+    failed = {**scaling, "layout": "tp, sp", "error": "no result within 1 s"}
+    rows = [exact, {**exact, "layout": "tp", "wrong": "loss off"}, scaling, overlap, failed]
+    (tmp_path / "multi_gpu.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    lines = multi_gpu_table(read("multi_gpu.jsonl", MULTI_GPU_KEYS)).splitlines()
+    assert lines[0] == (
+        "One step in float32 under 1 of 2 layouts of 8 GPUs equals that of one: loss within 1e-08, "
+        "gradients of every leaf within 2e-06."
+    )
+    assert lines[4] == (
+        "| m | 8 | FSDP | dp=8 tp=1 | 1,234 | 50.0% | 2.0 | 97.0% | 1.05, 0.90 | 90% of 10.0 ms |"
+    )
+    assert lines[5:] == [
+        "", "Published: theirs: 47% MFU.", "a card, torch 2.11, 2026-01-01; commit abc."
+    ]  # fmt: skip
+    assert multi_gpu_table([{**row, "card": "cpu"} for row in rows]) == "Not measured yet.\n"

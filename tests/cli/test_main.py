@@ -31,6 +31,17 @@ def test_help_names_every_command(argv: list[str], capfd: pytest.CaptureFixture[
     assert "--version" in out
 
 
+@pytest.mark.parametrize("module", ["megatree", "megatree.cli"])
+def test_the_package_runs_as_a_module(module: str) -> None:
+    """For `torchrun -m megatree`, and where the script is not on the path."""
+    root = Path(__file__).parents[2]
+    ran = subprocess.run(
+        [sys.executable, "-m", module, "--version"], cwd=root, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith(f"megatree {__version__} ")
+
+
 @pytest.mark.parametrize("command", ["train", "explain"])
 def test_help_names_every_recipe(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = answer(capfd, command, "--help")

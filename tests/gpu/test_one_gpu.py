@@ -52,6 +52,7 @@ def losses(device: str, dtype: torch.dtype, *, compiled: bool = False, steps: in
 
 # Under torch 2.11 dynamo itself reads .grad of what it wraps.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # off on purpose
 @pytest.mark.parametrize("compiled", [False, True])
 def test_float32_steps_equal_the_cpu(compiled: bool) -> None:
     """Losses and gradient norms of five updates: a wrong kernel or a host copy that races shows."""

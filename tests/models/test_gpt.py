@@ -50,6 +50,9 @@ REFUSALS = [
     ({"activation": "relu"}, r"activation is 'relu'\. Use one of swiglu, gelu, gelu_tanh, squared"),
     ({"dropout": 1.0}, r"GPTConfig: dropout is 1\.0\. Give a rate in \[0, 1\)\."),
     ({"norm_eps": 0.0}, r"GPTConfig: norm_eps is 0\.0\. Give a positive number\."),
+    ({"rope_base": math.nan}, r"GPTConfig: rope_base is nan\. Give a positive number\."),
+    ({"mtp": 1, "mtp_weight": math.nan}, r"mtp is 1 with mtp_weight nan\. Give positive numbers"),
+    ({"mtp": 1, "mtp_weight": math.inf}, r"mtp is 1 with mtp_weight inf\. Give positive numbers"),
     ({"head_dim": 5}, r"head_dim is 5, and rotary positions turn pairs\. Make head_dim even\."),
     ({"vocab_pad": 0}, r"GPTConfig: vocab_pad is 0\. Give at least 1\."),
 ]

@@ -190,6 +190,63 @@ def test_whatever_a_file_of_json_says_the_error_names_the_folder(
     assert refused > 10
 
 
+NO_NUMBERS: tuple[tuple[Format, str, dict[str, Any], str], ...] = (
+    ("hf", "config.json", {"rope_theta": "../x", "rope_parameters": None}, "rope_theta is '../x'"),
+    ("hf", "config.json", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta is '1e4'"),
+    ("hf", "config.json", {"rope_parameters": {"rope_theta": None}}, "rope_theta is None"),
+    ("hf", "config.json", {"hidden_size": "../x"}, "hidden_size is '../x'"),
+    (
+        "hf",
+        "config.json",
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": "8"}},
+        "factor is '8'",
+    ),
+    ("meta", "params.json", {"rope_theta": "../x"}, "rope_theta is '../x'"),
+    ("meta", "params.json", {"dim": "../x"}, "dim is '../x'"),
+)
+
+
+@pytest.mark.parametrize(("kind", "name", "change", "message"), NO_NUMBERS)
+def test_a_text_where_a_number_belongs_is_named_with_its_file(
+    kind: Format, name: str, change: dict[str, Any], message: str, folder: Callable[[str], Path]
+) -> None:
+    """Of `float`, the error would name neither."""
+    file = folder(kind) / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match="no number") as error:
+        open_checkpoint(file.parent, kind)
+    assert str(error.value) == f"{file}: {message}, no number. Copy it anew."
+
+
+@pytest.mark.parametrize("told", [[1], "../x", 7])
+def test_angles_that_are_no_object_are_named_with_their_file(
+    told: Any, folder: Callable[[str], Path]
+) -> None:
+    file = folder("hf") / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_parameters": told}))
+    with pytest.raises(ValueError, match="no object") as error:
+        open_checkpoint(file.parent)
+    assert str(error.value) == f"{file}: rope_parameters is {told!r}, no object. Copy it anew."
+
+
+def test_a_model_to_go_by_is_read_as_carefully(folder: Callable[[str], Path]) -> None:
+    file = folder("hf") / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": "x"}))
+    with pytest.raises(ValueError, match=r"config\.json: vocab_size is 'x', no number"):
+        formats.model_like(str(file))
+
+
+def test_an_error_of_a_library_is_told_with_the_folder(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says "invalid literal for int()", and not of what."""
+    path = folder("hf")
+    monkeypatch.setitem(formats._OPEN, "hf", lambda path, like, weights_only: int("../x"))
+    with pytest.raises(ValueError, match="invalid literal") as error:
+        open_checkpoint(path, "hf")
+    assert str(error.value).startswith(f"{path}: its files do not say what a checkpoint of hf says")
+
+
 def chunk_of(tensor: torch.Tensor, change: Callable[[zipfile.ZipFile, str, bytes], None]) -> bytes:
     """Return an archive of a tensor, its entries written anew by `change`."""
     stream, out = io.BytesIO(), io.BytesIO()

@@ -35,7 +35,7 @@ def test_the_config_of_a_run_is_a_layout_too(tmp_path: Path) -> None:
 def test_every_field_of_a_run_is_layout_or_is_not() -> None:
     """A new field of RunConfig must say which: a layout without it would lose how a run is cut."""
     others = {"model", "data", "optimizer", "precision", "train", "checkpoint", "dtype", "compile"}
-    others |= {"health", "log", "deterministic"}
+    others |= {"health", "log", "deterministic", "cuda_graphs"}
     assert {field.name for field in fields(RunConfig)} == others | set(LAYOUT_FIELDS)
 
 

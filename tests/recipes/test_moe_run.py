@@ -13,6 +13,7 @@ import torch
 from megatree.cli.explain import explain
 from megatree.cli.plan import plan_of, print_plan
 from megatree.cli.progress import show
+from megatree.models.decoder import decoder
 from megatree.models.moe_config import MoEConfig
 from megatree.parallel.plan import DEVICES, Plan, estimate
 from megatree.recipes import metrics
@@ -140,13 +141,30 @@ def test_a_load_is_of_all_microbatches() -> None:
         "blocks.moe.entropy": torch.zeros(2, 1),
         "head.norm": torch.zeros(2),
     }
-    found = expert_load(outs)["experts"]
+    model = decoder(replace(MODEL, num_layers=1), batch_size=2, dtype=torch.float32)
+    found = expert_load(outs, model)["experts"]
     assert found["layers"]["blocks.moe.0"]["tokens"] == [5, 3]
     assert found["max_load"] == 5 / 4
     assert found["min_load"] == 3 / 4
     assert found["drops"] == 2 / 10
     assert found["entropy"] == pytest.approx(0.9544, abs=1e-4)
-    assert expert_load({"head.norm": torch.zeros(2)}) == {}
+    assert expert_load({"head.norm": torch.zeros(2)}, model) == {}
+
+
+def test_a_load_is_under_the_number_of_its_layer_in_the_model() -> None:
+    """The first layer is dense, and so is every other one after it; further tokens come last."""
+    cfg = replace(MODEL, num_layers=5, dense_first=1, every=2, mtp=2)
+    counts = {"moe": torch.arange(8.0).view(1, 2, 4), "mtp": torch.full((1, 1, 4), 9.0)}
+    outs = {"blocks.moe.load": counts["moe"], "blocks.moe.drops": torch.zeros(1, 2, 4)}
+    for depth in ("mtp.depth1", "mtp.depth2"):
+        outs |= {f"{depth}.load": counts["mtp"], f"{depth}.drops": torch.zeros(1, 1, 4)}
+    made = expert_load(outs, decoder(cfg, batch_size=2, dtype=torch.float32))["experts"]
+    assert {name: layer["tokens"] for name, layer in made["layers"].items()} == {
+        "blocks.moe.1": [0, 1, 2, 3],
+        "blocks.moe.3": [4, 5, 6, 7],
+        "mtp.depth1.5": [9, 9, 9, 9],
+        "mtp.depth2.6": [9, 9, 9, 9],
+    }
 
 
 def test_a_config_with_experts_is_saved_and_read(tmp_path: Path) -> None:

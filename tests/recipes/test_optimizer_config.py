@@ -107,8 +107,8 @@ def test_storage_and_recomputation_are_part_of_the_layout() -> None:
         ),
         (
             lambda: StorageConfig(zero=1, opt=("dp",)),
-            "storage.zero: 1 says what is cut over dp, and axes are given too. Set storage.zero to "
-            "0, or leave the axes out.",
+            "storage.zero: 1 says what is cut over dp, ep and cp, and axes are given too. Set "
+            "storage.zero to 0, or leave the axes out.",
         ),
         (
             lambda: PrecisionConfig(loss_scale="big"),

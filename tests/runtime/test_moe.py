@@ -392,6 +392,8 @@ def test_layouts_that_cannot_be_are_refused(rules: Any, mesh: Mesh, text: str) -
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
+        ({"top_k": 0}, r"^MoEConfig: top_k is 0\. Give at least 1\."),
+        ({"embed": 0}, r"^GPTConfig: embed is 0\. Give at least 1\."),
         ({"top_k": 9}, r"top_k is 9, and there are 8 experts\. Give at most 8\."),
         ({"pad_to_capacity": True}, r"pad_to_capacity without capacity_factor: .*Give a capacity"),
         ({"capacity_factor": 0.0}, r"capacity_factor is 0\.0\. Give a positive number\."),

@@ -56,7 +56,8 @@ class StagePlan:
         parameters: elements on this rank, padding included.
         parameter_bytes, gradient_bytes, optimizer_bytes: of the buffers, as storage cuts them.
         gathered_bytes: rows of weights and gradients that are whole at once while they are used.
-        stored_whole: leaves that storage asks to cut, but none of whose dims divides.
+        stored_whole: leaves that storage asks to cut further than the rules do, but none of whose
+            dims divides.
         activation_bytes: what the backward of one microbatch keeps, all its stages together.
         offloaded_bytes: what of it waits on the host instead.
         plain_bytes: what it would be without recomputation or offload.
@@ -315,7 +316,7 @@ def _stage(
     again_flops = sum(k.flops for k in kept)
     attention = 3 * sum(attention_flops(p, local=True) for p in programs)
     static = stored.params + stored.grads + stored.opt + stored.gathered
-    asked = program.layout.stored
+    asked = set(program.layout.stored.opt)
     return StagePlan(
         rank=rank,
         stages=stages,
@@ -325,7 +326,11 @@ def _stage(
         optimizer_bytes=stored.opt,
         gathered_bytes=stored.gathered,
         stored_whole=tuple(
-            leaf.path for g in groups if asked and not g.stored and g.trained for leaf in g.leaves
+            leaf.path
+            for g in groups
+            if g.trained and not g.stored
+            for leaf in g.leaves
+            if asked & {axis for axis, _ in program.types[leaf.path].kinds}
         ),
         activation_bytes=here,
         offloaded_bytes=sum(k.away for k in kept),
