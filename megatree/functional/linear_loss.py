@@ -110,8 +110,20 @@ class _Formed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, table, weights = (None if g is None else g * grad for g in ctx.saved_tensors)
+        x, table, weights = (None if g is None else _scaled(g, grad) for g in ctx.saved_tensors)
         return x, table, None, weights, None, None, None, None
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """Return x times a 0-d factor, rounded once: torch rounds the factor to the dtype of x first,
+    and on a GPU takes three times as long as a copy.
+    """
+    if has_kernels(x):
+        from megatree.functional.scale_kernel import scaled
+
+        return scaled(x.contiguous(), factor)
+    wide = torch.promote_types(x.dtype, factor.dtype)
+    return (x.to(wide) * factor).to(x.dtype)
 
 
 def _form(
@@ -242,6 +254,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, *, wide: boo
     if left.device.type == "cuda":  # the product itself accumulates in float32
         if total is None:
             return torch.mm(left, right, out_dtype=torch.float32)
-        return torch.addmm(total, left, right, out_dtype=torch.float32)
+        # In place: without `out` torch copies the total first.
+        return torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
     left, right = left.float(), right.float()
     return left @ right if total is None else total.addmm_(left, right)

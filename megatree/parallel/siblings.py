@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.function import once_differentiable
 
 from megatree.functional.activations import swiglu, swiglu_halves
 from megatree.functional.contraction import linear
+from megatree.functional.triton_kernels import has_kernels
 from megatree.parallel.nodes import call as add_call
 from megatree.parallel.nodes import operands
 from megatree.parallel.program import Program
@@ -250,6 +252,8 @@ def linear_several(
     Returns:
         Per weight [..., *shape].
     """
+    if bias is not None and has_kernels(x):
+        return _Several.apply(x, weight, bias, shapes)
     return parts_of_rows(linear_rows(x, weight, bias), shapes)
 
 
@@ -260,6 +264,35 @@ def parts_of_rows(rows: Tensor, shapes: tuple[tuple[int, ...], ...]) -> tuple[Te
         part if len(shape) == 1 else part.unflatten(-1, shape)
         for part, shape in zip(parts, shapes, strict=True)
     )
+
+
+class _Several(torch.autograd.Function):
+    """`linear_several` with biases; one kernel puts the gradients of the parts side by side and
+    adds them up for the biases.
+
+    Inductor reads them twice: 4.9 of the 164 ms of a step of gpt-345m on an H100.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shapes: tuple[tuple[int, ...], ...]
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight, bias)
+        return parts_of_rows(linear_rows(x, weight, bias), shapes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        from megatree.functional.beside_kernel import side_by_side_and_sums
+
+        x, weight, bias = ctx.saved_tensors
+        rows, of_bias = side_by_side_and_sums(
+            [grad.reshape(*x.shape[:-1], -1).contiguous() for grad in grads]
+        )
+        flat, factor = rows.view(-1, rows.shape[-1]), x.reshape(-1, x.shape[-1])
+        of_x = (flat @ weight.view(-1, x.shape[-1])).view(x.shape)
+        of_weight = (flat.t() @ factor).view(weight.shape)
+        return of_x, of_weight, of_bias.to(bias.dtype).view(bias.shape), None
 
 
 class _Beside(torch.autograd.Function):

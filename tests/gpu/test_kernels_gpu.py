@@ -6,6 +6,7 @@ from torch import Tensor
 
 import megatree.functional as F
 from megatree.functional.activations import swiglu_halves
+from megatree.parallel.siblings import linear_several
 from megatree.runtime.optimizers.adamw_kernel import adamw_in_place
 from tests.functional.check import rand
 from tests.tolerances import distance
@@ -75,3 +76,26 @@ def test_adamw_rounds_its_copy_to_nearest_and_ignores_an_overflow() -> None:
     before = p.clone()
     adamw_in_place(p, g, m, v, copy=copy, scale=one, found_inf=one, **options)
     assert torch.equal(p, before)
+
+
+@dtypes
+@pytest.mark.parametrize("compiles", [False, True])
+def test_several_products_with_biases(dtype: torch.dtype, compiles: bool) -> None:
+    """Gradients that reach the parts as attention gives them: heads before tokens in memory."""
+    shapes = ((4, 2, 16), (4, 16), (4, 16))
+    x, weight, bias = (
+        rand(*n, seed=i).to(dtype) for i, n in enumerate(((3, 50, 64), (16384,), (256,)))
+    )
+    grads = [rand(3, 50, *shape, seed=3 + i).to(dtype) for i, shape in enumerate(shapes)]
+
+    def run(device: str, dtype: torch.dtype, fn) -> list[Tensor]:
+        leaves = [z.to(device, dtype).requires_grad_() for z in (x, weight, bias)]
+        given = [g.to(device, dtype).transpose(1, 2).contiguous().transpose(1, 2) for g in grads]
+        made = fn(*leaves, shapes)
+        return [*made, *torch.autograd.grad(made, leaves, given)]
+
+    expected = run("cpu", torch.float64, linear_several)
+    found = run("cuda", dtype, compiled(linear_several, compiles))
+    for got, want in zip(found, expected, strict=True):
+        assert got.shape == want.shape
+        assert distance(got.detach().cpu(), want.detach()) < NARROW[dtype]
