@@ -309,6 +309,7 @@ def main() -> None:
     parser.add_argument("--ways", default="", help="names apart by ';', instead of all")
     parser.add_argument("--steps", type=int, default=10, help="of a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=None, help="JSON lines are added to this file")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -320,6 +321,7 @@ def main() -> None:
         found = measure(name, shape, device, steps=args.steps, rounds=args.rounds)
         for row in found:
             row |= {"card": card(device), "torch": torch.__version__, "tiny": args.tiny}
+            row |= {"date": time.strftime("%Y-%m-%d"), "commit": args.commit}
         show(found)
         if args.out is not None:
             with args.out.open("a", encoding="utf-8") as file:

@@ -57,6 +57,7 @@ def multi_gpu_table(rows: Iterable[dict[str, Any]]) -> str:
     """
     rows = [r for r in rows if r["card"] != "cpu" and not r.get("error")]
     parts = {part: [r for r in rows if r["part"] == part] for part in ("exactness", "scaling")}
+    parts["exactness"] = [r for r in parts["exactness"] if r["ranks"] > 1]  # not the reference
     if not rows:
         return "Not measured yet.\n"
     out = []

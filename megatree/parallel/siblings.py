@@ -252,7 +252,7 @@ def linear_several(
     Returns:
         Per weight [..., *shape].
     """
-    if bias is not None and has_kernels(x):
+    if bias is not None and len(shapes) > 1 and has_kernels(x):
         return _Several.apply(x, weight, bias, shapes)
     return parts_of_rows(linear_rows(x, weight, bias), shapes)
 
