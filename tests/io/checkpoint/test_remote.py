@@ -41,7 +41,7 @@ def s3() -> Iterator[str]:
     """A bucket of a local server that speaks S3."""
     for package in ("moto", "flask", "s3fs"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"the package {package!r} is not installed (with moto[server] and s3fs)")
+            pytest.skip(f"the package {package!r} is not installed; it is in the extra 'test'")
     server_of = importlib.import_module("moto.server").ThreadedMotoServer
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
