@@ -95,7 +95,14 @@ class ProcessComm(RankComm):
         ops = torch.ops._c10d_functional
         n, order = self.size(axes), self.orders[axes]
         x = x if x.dim() else x.reshape(1)
-        y = ops.all_gather_into_tensor(x, n, self._group(axes))
+        if self.device.type != "cpu":
+            y = ops.all_gather_into_tensor(x, n, self._group(axes))
+        else:
+            # Not the op above: gloo's two threads write the name of the last work that ended without
+            # a lock, and that op's, "ALLGATHER_COALESCED", is the one long enough to lie on the
+            # heap: two that end together free it twice (torch 2.13).
+            y = x.new_empty(n * x.shape[0], *x.shape[1:])
+            ops.all_gather_into_tensor_out(x, n, self._group(axes), out=y)
 
         def wait() -> Tensor:
             whole = ops.wait_tensor(y)
