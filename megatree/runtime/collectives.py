@@ -98,9 +98,9 @@ class ProcessComm(RankComm):
         if self.device.type != "cpu":
             y = ops.all_gather_into_tensor(x, n, self._group(axes))
         else:
-            # Not the op above: gloo's two threads write the name of the work that ended last without
-            # a lock, and that op's, "ALLGATHER_COALESCED", is the one long enough to lie on the
-            # heap: two that end together free it twice (torch 2.13).
+            # Not the op above: gloo's two threads write the name of their last work with no lock,
+            # and that op's, "ALLGATHER_COALESCED", is the one long enough to lie on the heap: two
+            # that end together free it twice (torch 2.13).
             y = x.new_empty(n * x.shape[0], *x.shape[1:])
             ops.all_gather_into_tensor_out(x, n, self._group(axes), out=y)
 
