@@ -14,6 +14,7 @@ from tests.tolerances import distance
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # off on purpose
 ]
 
 NARROW = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
