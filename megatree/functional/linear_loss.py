@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from megatree.functional.comm import Comm
 from megatree.functional.loss import IGNORE, cross_entropy
 from megatree.functional.op import op
+from megatree.functional.product_sums import add_matrix_product
 from megatree.functional.transforms import plain
 from megatree.functional.triton_kernels import has_kernels
 
@@ -147,7 +148,11 @@ def _form(
     grad_rows = torch.empty_like(rows) if wants_x else None
     losses = torch.zeros_like(factors) if wants_weights else None
     grad_table: Tensor | None = None
-    several = chunk < len(rows)
+    if wants_table:
+        several = chunk < len(rows)  # chunks add up in float32 or better
+        summed = torch.promote_types(table.dtype, torch.float32) if several else table.dtype
+        fill = torch.empty_like if len(rows) else torch.zeros_like
+        grad_table = fill(table, dtype=summed, memory_format=torch.contiguous_format)
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
         logits = torch.nn.functional.linear(rows[part], table)
@@ -162,16 +167,12 @@ def _form(
             continue
         if grad_rows is not None:
             torch.mm(p, table, out=grad_rows[part])
-        if wants_table:
-            grad_table = _add_product(grad_table, p.t(), rows[part], wide=several)
-    if wants_table:
-        if grad_table is None:  # there is no position
-            grad_table = torch.zeros_like(table)
-        grad_table = grad_table.to(table.dtype)
+        if grad_table is not None:
+            add_matrix_product(grad_table, p, rows[part], fresh=start == 0)
     return (
         loss,
         None if grad_rows is None else grad_rows.view(x.shape),
-        grad_table,
+        None if grad_table is None else grad_table.to(table.dtype),
         None if losses is None else losses.view(weights.shape),
     )
 
@@ -244,17 +245,3 @@ def _columns(comm: Comm, width: int, classes: int) -> tuple[int, int]:
     """Return the global number of this rank's first column, and how many are classes."""
     start = comm.axis_index("v") * width
     return start, min(max(classes - start, 0), width)
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor, *, wide: bool) -> Tensor:
-    """Return total + left @ right, in float32 if it is wide; `total` is used up."""
-    narrow = left.dtype.itemsize < 4
-    if not (wide and narrow):
-        return left @ right if total is None else total.addmm_(left, right)
-    if left.device.type == "cuda":  # the product itself accumulates in float32
-        if total is None:
-            return torch.mm(left, right, out_dtype=torch.float32)
-        # In place: without `out` torch copies the total first.
-        return torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
-    left, right = left.float(), right.float()
-    return left @ right if total is None else total.addmm_(left, right)

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from megatree.functional.signature import Signature
 from megatree.parallel.nodes import call as add_call
-from megatree.parallel.nodes import operands
+from megatree.parallel.nodes import leaf_added_to
 from megatree.parallel.types import ShardType
 
 
@@ -21,14 +21,17 @@ def with_biases(graph: fx.Graph) -> fx.Graph:
     """
     out = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
+    found = {node: added for node in graph.nodes if (added := _bias_after(node)) is not None}
+    made_by = {end: (node, bias) for node, (end, bias) in found.items()}
     for node in graph.nodes:
         if node.op == "output":
             out.output(tuple(copies[n] for n in node.args[0]))
-        elif _bias_after(node) is not None:
+        elif node in found:
             continue  # its addition, the only one that sees it, makes both
-        elif (product := _product_before(node)) is not None:
+        elif node in made_by:
+            product, bias = made_by[node]
             x, weight = _factors(product)
-            made = add_call(out, product_and_bias, copies[x], copies[weight], copies[node.args[1]])
+            made = add_call(out, product_and_bias, copies[x], copies[weight], copies[bias])
             made.meta.update(product.meta, type=node.meta["type"])
             copies[node] = made
         else:
@@ -52,30 +55,18 @@ def product_and_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return flat.view(*x.shape[: x.dim() - weight.dim() + bias.dim()], *bias.shape)
 
 
-def _product_before(node: fx.Node) -> fx.Node | None:
-    """Return the product whose bias a node adds."""
-    first = node.args[0] if node.args else None
-    if not isinstance(first, fx.Node) or first.op != "call_function":
+def _bias_after(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return the addition of a bias that is all that becomes of a product as it lies, and the bias."""
+    added = leaf_added_to(node)
+    if added is None or node.op != "call_function" or not _lies(node):
         return None
-    return first if _bias_after(first) is node else None
-
-
-def _bias_after(node: fx.Node) -> fx.Node | None:
-    """Return the addition of a parameter that is all that becomes of a product as it lies."""
-    if node.op != "call_function" or len(node.users) != 1 or not _lies(node):
-        return None
-    (end,) = node.users
-    if end.meta.get("op") != "add" or len(end.args) != 2 or end.kwargs:
-        return None
-    left, bias = operands(end)
-    if left is not node or not isinstance(bias, fx.Node) or not bias.meta.get("leaf"):
-        return None
+    bias = added[1]
     weight: ShardType = _factors(node)[1].meta["type"]
     ty: ShardType = bias.meta["type"]
     columns = weight.shape[len(weight.shape) - len(ty.shape) :]
     alike = ty.dtype == weight.dtype == cast(ShardType, node.meta["type"]).dtype
     summed = len(weight.shape) - _num_summed(node)
-    return end if alike and ty.shape == columns and len(ty.shape) == summed else None
+    return added if alike and ty.shape == columns and len(ty.shape) == summed else None
 
 
 def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:

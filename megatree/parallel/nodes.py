@@ -34,6 +34,19 @@ def call(graph: fx.Graph, target: Callable[..., Any], *args: Any) -> fx.Node:
     return graph.call_function(target, args)
 
 
+def leaf_added_to(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return the addition of a parameter that is all that becomes of a node, and the parameter."""
+    if len(node.users) != 1:
+        return None
+    (end,) = node.users
+    if end.meta.get("op") != "add" or len(end.args) != 2 or end.kwargs:
+        return None
+    left, right = end.args
+    if left is not node or not isinstance(right, fx.Node) or not right.meta.get("leaf"):
+        return None
+    return end, right
+
+
 def op_names(graph: fx.Graph) -> set[str]:
     """Return the names of a graph's ops that are neither products nor transitions."""
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_move(n)]

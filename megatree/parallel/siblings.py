@@ -14,7 +14,7 @@ from megatree.functional.activations import swiglu, swiglu_halves
 from megatree.functional.contraction import linear
 from megatree.functional.triton_kernels import has_kernels
 from megatree.parallel.nodes import call as add_call
-from megatree.parallel.nodes import operands
+from megatree.parallel.nodes import leaf_added_to, operands
 from megatree.parallel.program import Program
 
 if TYPE_CHECKING:
@@ -72,11 +72,8 @@ def _is_own(node: fx.Node) -> bool:
 
 def _bias_of(node: fx.Node) -> fx.Node | None:
     """Return the parameter that is added to a product at once, if there is one."""
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is None or user.meta.get("op") != "add" or len(user.args) != 2 or user.kwargs:
-        return None
-    left, right = user.args
-    if left is not node or not isinstance(right, fx.Node) or not _is_own(right):
+    added = leaf_added_to(node)
+    if added is None or not _is_own(right := added[1]):
         return None
     ty, weight = right.meta["type"], operands(node)[1].meta["type"]
     fits = ty.dtype == node.meta["type"].dtype and ty.shape == weight.shape[:-1]

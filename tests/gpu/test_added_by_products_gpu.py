@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatree.runtime.sums import add_matrix_product
+from megatree.functional.product_sums import add_matrix_product
 from tests.functional.check import rand
 from tests.runtime.test_added_by_products import (
     MODELS,

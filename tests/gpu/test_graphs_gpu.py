@@ -16,6 +16,8 @@ from megatree.parallel.precision import Precision
 from megatree.parallel.remat import Remat
 from megatree.runtime.optimizers import adamw
 from megatree.runtime.step import TrainState, TrainStep, train_step
+from tests.gpu.small import BATCH, on_gpu
+from tests.gpu.small import CONFIG as SMALL
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,28 +26,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
 
-BATCH = 4
-CONFIG = GPTConfig(
-    vocab_size=512,
-    seq_length=128,
-    num_layers=4,
-    embed=128,
-    kv_heads=2,
-    group=2,
-    head_dim=64,
-    ffn=256,
-    fused_loss=True,
-)
+CONFIG = replace(SMALL, num_layers=4)
 GPT2 = replace(
     CONFIG, norm="layer", positions="learned", activation="gelu_tanh", bias=True, dropout=0.1
 )
-
-
-def batch(number: int) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(number)
-    tokens, labels = torch.randint(0, CONFIG.vocab_size, (2, BATCH, 128), generator=draw)
-    made = {"tokens": tokens, "labels": labels, "weights": torch.ones(BATCH, 128)}
-    return {name: x.cuda() for name, x in made.items()}
 
 
 def made(
@@ -87,7 +71,7 @@ def test_a_recorded_step_is_the_step(
             step, state = made(cfg, layout, graphs=graphs, compiled=compiled, narrow=narrow)
             losses = []
             for number, count in enumerate(counts):
-                batches = [batch(10 * number + i) for i in range(count)]
+                batches = [on_gpu(10 * number + i) for i in range(count)]
                 state, metrics = step(state, batches, ahead=number % 2 == 0)
                 losses.append(metrics.loss)
             if graphs:
@@ -107,11 +91,11 @@ def test_what_no_graph_holds_is_refused() -> None:
     step, state = made(replace(CONFIG, num_layers=1), Layout(), graphs=True)
     assert step.graphed is not None
     for _ in range(2):
-        state, _ = step(state, [batch(0)])
+        state, _ = step(state, [on_gpu(0)])
 
     step.graphed.gradients = _Looks(step.graphed.gradients)  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="cuda_graphs: a step of 1 microbatches cannot be"):
-        step(state, [batch(0)])
+        step(state, [on_gpu(0)])
 
 
 class _Looks:
@@ -134,7 +118,7 @@ def test_small_steps_no_longer_wait_for_launches() -> None:
     ms = {}
     for graphs in (False, True):
         step, state = made(cfg, Layout(), graphs=graphs, compiled=True, narrow=True)
-        one = batch(0)
+        one = on_gpu(0)
         for _ in range(5):
             state, _ = step(state, [one], ahead=True)
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(21)]

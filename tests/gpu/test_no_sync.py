@@ -14,6 +14,7 @@ from megatree.parallel.layout import Layout
 from megatree.parallel.precision import Precision
 from megatree.runtime.optimizers import adamw
 from megatree.runtime.step import train_step
+from tests.gpu.small import BATCH, CONFIG, on_gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,19 +22,6 @@ pytestmark = [
     # torch says so whenever the mode is set, as it knows of some calls that it cannot see.
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
 ]
-
-BATCH = 4
-CONFIG = GPTConfig(
-    vocab_size=512,
-    seq_length=128,
-    num_layers=2,
-    embed=128,
-    kv_heads=2,
-    group=2,
-    head_dim=64,
-    ffn=256,
-    fused_loss=True,
-)
 
 
 @contextmanager
@@ -45,13 +33,6 @@ def no_waiting() -> Generator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-def batch() -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    tokens, labels = torch.randint(0, CONFIG.vocab_size, (2, BATCH, 128), generator=draw)
-    made = {"tokens": tokens, "labels": labels, "weights": torch.ones(BATCH, 128)}
-    return {name: x.cuda() for name, x in made.items()}
 
 
 def test_the_mode_sees_a_wait() -> None:
@@ -88,7 +69,7 @@ def test_a_step_ahead_waits_for_nothing(
         precision=Precision(grads=narrow),
         transform=partial(torch.compile, dynamic=False) if compiled else lambda fn: fn,
     )
-    state, batches = step.init(0), [batch()] * num_microbatches
+    state, batches = step.init(0), [on_gpu()] * num_microbatches
     for _ in range(2):
         state, first = step(state, batches, ahead=True)
     torch.cuda.synchronize()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatree.functional.tree import flatten_with_names
-from megatree.models.gpt import GPTConfig, gpt
+from megatree.models.gpt import gpt
 from megatree.parallel.comm import Axes, OneDevice, RankComm
 from megatree.parallel.layout import Layout, Rules, Storage, cut
 from megatree.parallel.mesh import Mesh
@@ -18,6 +18,7 @@ from megatree.runtime.collectives import ProcessComm
 from megatree.runtime.gradients import value_and_grad
 from megatree.runtime.optimizers import adamw
 from megatree.runtime.step import train_step
+from tests.gpu.small import BATCH, CONFIG, batch
 from tests.ranks import ranks
 from tests.runtime.one_device import rank_inputs, reference
 from tests.runtime.table import MODELS, layouts
@@ -74,30 +75,16 @@ def test_gradients_of_two_ranks_are_those_of_one_device() -> None:
     check("llama", replace(dp2, storage=Storage(params="dp", grads="dp", opt="dp")))
 
 
-CONFIG = GPTConfig(
-    vocab_size=512,
-    seq_length=128,
-    num_layers=2,
-    embed=128,
-    kv_heads=2,
-    group=2,
-    head_dim=64,
-    ffn=256,
-    fused_loss=True,
-)
 STEPS = 5
 
 
 def losses(layout: Layout, comm: RankComm) -> Tensor:
     """Return the losses of a few steps as GPUs make them: bfloat16, Triton kernels, fused loss."""
-    draw = torch.Generator().manual_seed(0)
-    tokens, labels = torch.randint(0, CONFIG.vocab_size, (2, 4, 128), generator=draw)
-    batch = {"tokens": tokens, "labels": labels, "weights": torch.ones(4, 128)}
-    model = gpt(CONFIG, batch_size=4, dtype=torch.bfloat16)
+    model = gpt(CONFIG, batch_size=BATCH, dtype=torch.bfloat16)
     step = train_step(model, layout, adamw(1e-3), comm=comm)
     state, found = step.init(0), []
     for _ in range(STEPS):
-        state, metrics = step(state, [step.local(batch)])
+        state, metrics = step(state, [step.local(batch())])
         found.append(metrics.loss.float().cpu())
     return torch.stack(found)
 
