@@ -56,7 +56,7 @@ def product_and_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _bias_after(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Return the addition of a bias that is all that becomes of a product as it lies, and the bias."""
+    """Return the addition that is all that becomes of a product as it lies, and its bias."""
     added = leaf_added_to(node)
     if added is None or node.op != "call_function" or not _lies(node):
         return None
